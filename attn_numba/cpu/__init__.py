@@ -1,0 +1,1 @@
+"""Attention on the CPU: compiled kernels, their tiles and hooks, and the workers that run them."""

@@ -1,0 +1,131 @@
+"""The rules of one call, bound: addresses of their hooks and the block of their parameters."""
+
+from __future__ import annotations
+
+import collections
+import math
+import threading
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import llvmlite.ir as ir
+import numpy as np
+
+from attn_numba.cpu.dropout import dropout_parameters, emit_dropout
+from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_tile, settled, structure, words
+from attn_numba.cpu.vectors import DOUBLE, FLOAT
+from attn_numba.problem import Problem
+from attn_numba.rules.base import MaskFormula, Places
+from attn_numba.rules.formula import Binder, Node, cast, symbol
+
+KEPT = 64  # bound rules kept for calls that repeat; each holds the arrays of its rules
+SYMBOLS = Places(*(symbol(name) for name in Places._fields))
+
+
+class Bound(NamedTuple):
+    """What a kernel needs of a call's rules. Addresses are 0 where there is nothing to do."""
+
+    tile: int
+    edit: int
+    modify: int
+    dropout: int
+    parameters: np.ndarray
+    factor: float  # what scores are multiplied by on their way into 2**x
+    keep: tuple  # arrays the block points into, and the rules
+
+
+_bound: collections.OrderedDict[tuple, Bound] = collections.OrderedDict()
+_compiled: dict[tuple, dict[str, int]] = {}
+_lock = threading.Lock()
+
+
+def bind(problem: Problem) -> Bound:
+    """Return the bound rules of a call, from memory if a like call was bound before."""
+    if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale > 0:
+        return Bound(0, 0, 0, 0, _NOTHING, problem.scale / math.log(2), ())
+    key = _key(problem)
+    with _lock:
+        found = _bound.get(key)
+        if found is None:
+            found = _bound[key] = _bind(problem)
+            if len(_bound) > KEPT:
+                _bound.popitem(last=False)
+        else:
+            _bound.move_to_end(key)
+    return found
+
+
+_NOTHING = np.zeros(1, np.int64)
+
+
+def _identity(rule: Any) -> Any:
+    """Rules made of plain numbers are equal by value, others only to themselves (they are kept alive while their id is a key)."""
+    if rule is None:
+        return None
+    if is_dataclass(rule):
+        values = tuple(getattr(rule, f.name) for f in fields(rule))
+        if all(isinstance(x, (int, float, str)) or x is None for x in values):
+            return (type(rule), *values)
+    masks = getattr(rule, "masks", None)
+    if masks is not None:
+        return (type(rule), *map(_identity, masks))
+    return id(rule)
+
+
+def _offset_key(offset: Any) -> Any:
+    return offset if isinstance(offset, int) else offset.tobytes()
+
+
+def _key(problem: Problem) -> tuple:
+    return (
+        _identity(problem.mask), *map(_identity, problem.modifiers), _identity(problem.dropout), problem.sizes, problem.dtype,
+        problem.scale, _offset_key(problem.query_offset), _offset_key(problem.key_offset),
+    )  # fmt: skip
+
+
+def _bind(problem: Problem) -> Bound:
+    sizes, binder = problem.sizes, Binder()
+    binder.bind(tuple(np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in (problem.query_offset, problem.key_offset)))
+    mask, score = _formulas(problem, binder)
+    drops = problem.dropout is not None and problem.dropout.rate > 0
+    first_drop = len(binder.params)
+    if drops:
+        binder.params += dropout_parameters(problem.dropout, sizes)
+    params = settled(binder.params, problem.accumulator)
+    number = DOUBLE if problem.dtype == "float64" else FLOAT
+    key = (number, structure(params), drops and first_drop, repr(score), repr(mask))
+    if key not in _compiled:
+        _compiled[key] = _compile(number, params, mask, score, first_drop if drops else None)
+    hooks = _compiled[key]
+    factor = 1 / math.log(2) if score is not None else problem.scale / math.log(2)
+    keep = (params, problem.mask, problem.modifiers, problem.dropout)
+    return Bound(*(hooks.get(n, 0) for n in ("tile", "edit", "modify", "dropout")), words(params), factor, keep)
+
+
+def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Node | None]:
+    """The mask with all that modifiers exclude, and the modified score; None where there is nothing to do."""
+    mask = None if problem.mask is None else problem.mask.formula(SYMBOLS, problem.sizes, binder)
+    score = None
+    if problem.modifiers or problem.scale <= 0:  # a positive scale alone is part of the exponential
+        (scale,) = binder.bind((float(problem.scale),))
+        score = symbol("s", "float") * scale
+    for modifier in problem.modifiers:
+        score = cast(modifier.formula(score, SYMBOLS, problem.sizes, binder), "float")
+        excluded = modifier.exclusion(SYMBOLS, problem.sizes, binder)
+        if excluded is not None:
+            # Whether a whole tile is excluded is not asked: certainly allowed never, possibly allowed always.
+            kept = MaskFormula(~excluded, cast(False, "bool"), cast(True, "bool"))
+            mask = kept if mask is None else MaskFormula(*(a & b for a, b in zip(mask, kept, strict=True)))
+    return mask, score
+
+
+def _compile(number: ir.Type, params: list, mask: MaskFormula | None, score: Node | None, first_drop: int | None) -> dict[str, int]:
+    module = ir.Module("hooks")
+    if mask is not None:
+        emit_tile(module, "tile", number, params, *mask)
+        emit_edit(module, "edit", number, params, score, mask.allowed)
+    if score is not None:
+        emit_edit(module, "modify", number, params, score, None)
+    if first_drop is not None:
+        emit_dropout(module, "dropout", number, params, first_drop)
+    return compile_hooks(module)

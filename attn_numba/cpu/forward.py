@@ -1,0 +1,595 @@
+"""Attention forward: tiles of queries and keys, a running softmax, O(N) memory, no formula of any mask or modifier.
+
+One item is one block of query rows of one head (or of several heads that share a key head, where a head has few rows). For each
+tile of keys an item asks the tile hook which panels of keys its groups of rows see, packs those keys transposed, and then, group by
+group: scores (register tiles), hooks on the scores, weights against the running row maximum, weighted values (register tiles).
+
+Same bits whatever is skipped: key tiles begin at fixed multiples of `key_tile`, a score is one chain of multiply-adds over the head
+size, a row's weights are added in fixed lanes (key number modulo the panel width) and folded once per key tile, a result is one chain
+over the keys. A panel left out would have added exact zeros.
+
+A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the register tiles
+and then added to the rows that see them, one by one.
+
+The functions below run in compiled workers and check nothing. `unit` says what is multiplied, see `tiles.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+
+from attn_numba.cpu import tiles as t
+from attn_numba.cpu.state import call_of
+
+NONE, SOME, ALL = 0, 1, 2
+ROWS, VECTORS = t.TILE_ROWS, t.VECTORS
+SAME, HALF_FLOAT = t.SAME, t.HALF_FLOAT
+LN2 = math.log(2.0)
+
+call_edit, call_kind, claim = t.call_edit, t.call_kind, t.claim
+exp2, load_number, store_number = t.exp2_number, t.load_number, t.store_number
+vector_length, word_bytes, is_pairs, accumulator = t.vector_length, t.word_bytes, t.is_pairs, t.accumulator
+load_byte, store_byte, load_int32, store_int32 = t.load_byte, t.store_byte, t.load_int32, t.store_int32
+row_largest, row_weights, row_total, row_scale, row_fill = t.row_largest, t.row_weights, t.row_total, t.row_scale, t.row_fill
+row_is_finite, interleave, transpose = t.row_is_finite, t.interleave, t.transpose
+score_tile, score_row = t.score_tile, t.score_row
+value_tile_3, value_tile_2, value_tile_1 = t.value_tile_3, t.value_tile_2, t.value_tile_1
+value_row_3, value_row_2, value_row_1 = t.value_row_3, t.value_row_2, t.value_row_1
+read_vector, read_half_vector, read_brain_vector = t.read_vector, t.read_half_vector, t.read_brain_vector
+read_number, read_half_number, read_brain_number = t.read_number, t.read_half_number, t.read_brain_number
+write_vector, write_half_vector, write_brain_vector = t.write_vector, t.write_half_vector, t.write_brain_vector
+write_number, write_half_number, write_brain_number = t.write_number, t.write_half_number, t.write_brain_number
+
+# Numbers may be contracted into multiply-adds and zeros lose their sign; sums are never reordered, NaN and infinity never assumed away.
+compiled = njit(nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
+
+
+@compiled
+def _rounded_up(x, multiple):
+    return (x + multiple - 1) // multiple * multiple
+
+
+# -- Reading and writing rows --------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _read_row(to, source, step, count, call, unit):
+    """Copy `count` numbers, `step` bytes apart, to a contiguous row of operands."""
+    raw = call.kind == SAME or is_pairs(unit)
+    width = 2 if is_pairs(unit) else word_bytes(unit)
+    at_once = vector_length(unit) * word_bytes(unit) // width
+    done = 0
+    if step == call.itemsize:
+        while done + at_once <= count:
+            if raw:
+                read_vector(unit, to + done * width, source + done * step)
+            elif call.kind == HALF_FLOAT:
+                read_half_vector(unit, to + done * width, source + done * step)
+            else:
+                read_brain_vector(unit, to + done * width, source + done * step)
+            done += at_once
+    while done < count:
+        if raw:
+            read_number(unit, to + done * width, source + done * step)
+        elif call.kind == HALF_FLOAT:
+            read_half_number(unit, to + done * width, source + done * step)
+        else:
+            read_brain_number(unit, to + done * width, source + done * step)
+        done += 1
+
+
+@compiled
+def _write_row(to, step, source, count, factor, call, number):
+    """Write `count` accumulators times `factor` as stored numbers, `step` bytes apart."""
+    lanes, width = vector_length(number), word_bytes(number)
+    done = 0
+    if step == call.itemsize:
+        while done + lanes <= count:
+            if call.kind == SAME:
+                write_vector(number, to + done * step, source + done * width, factor)
+            elif call.kind == HALF_FLOAT:
+                write_half_vector(number, to + done * step, source + done * width, factor)
+            else:
+                write_brain_vector(number, to + done * step, source + done * width, factor)
+            done += lanes
+    while done < count:
+        if call.kind == SAME:
+            write_number(number, to + done * step, source + done * width, factor)
+        elif call.kind == HALF_FLOAT:
+            write_half_number(number, to + done * step, source + done * width, factor)
+        else:
+            write_brain_number(number, to + done * step, source + done * width, factor)
+        done += 1
+
+
+@compiled
+def _clear(at, count, unit):
+    """Zero `count` words (whole vectors)."""
+    number = accumulator(unit)
+    row_fill(number, at, count, number)
+
+
+# -- What a tile of keys means to an item --------------------------------------------------------------------------------------
+
+
+@compiled
+def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
+    """Write NONE, SOME or ALL for each panel of the tile as rows i0 to i1 see it; return 0 if none is seen."""
+    panel = VECTORS * vector_length(unit)
+    kind = ALL
+    if call.tile_hook:
+        kind = call_kind(call.tile_hook, b, h, i0, i1, j0, j1, call.parameters)
+    seen = 0
+    for p in range((j1 - j0 + panel - 1) // panel):
+        one = kind
+        if kind == SOME:
+            first = j0 + p * panel
+            one = call_kind(call.tile_hook, b, h, i0, i1, first, min(first + panel, j1), call.parameters)
+        store_byte(kinds + p, one)
+        seen |= one
+    return seen
+
+
+@compiled
+def _pack_keys(call, space, keys, panel_number, j0, unit):
+    """Transpose the keys of one panel, `lanes` at a time: word d of key n goes to (d, n). Keys beyond the last are zero."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    panel = VECTORS * lanes
+    to = space + call.keys_at + panel_number * call.depth_padded * panel * word
+    scratch = space + call.scratch_at
+    row = call.depth_padded * word
+    whole = (
+        (call.kind == SAME or is_pairs(unit))
+        and call.k_d == call.itemsize
+        and call.D * call.itemsize == row
+    )
+    for part in range(VECTORS):
+        first = j0 + part * lanes
+        source, source_row = keys + first * call.k_j, call.k_j
+        if not whole or first + lanes > call.N:
+            for n in range(lanes):
+                _clear(scratch + n * row, call.depth_padded, unit)
+                if first + n < call.N:
+                    _read_row(scratch + n * row, keys + (first + n) * call.k_j, call.k_d, call.D, call, unit)
+            source, source_row = scratch, row
+        for d in range(0, call.depth_padded, lanes):
+            transpose(unit, source + d * word, source_row, to + (d * panel + part * lanes) * word, panel * word)
+
+
+@compiled
+def _copy_values(call, space, values, j0, j1, column, unit):
+    """Copy values j0 to j1 to the workspace, from column `column` of the tile on, rows that are not finite as zeros."""
+    word = word_bytes(unit)
+    row = call.value_width * word
+    if is_pairs(unit):
+        scratch, half = space + call.scratch_at, _rounded_up(call.value_width * 2, vector_length(unit) * word)
+        for j in range(j0, j1, 2):
+            _clear(scratch, 2 * half // word, unit)
+            for n in range(min(2, j1 - j)):
+                _read_row(scratch + n * half, values + (j + n) * call.v_j, call.v_e, call.E, call, unit)
+                if not row_is_finite(unit, scratch + n * half, half // word):
+                    _clear(scratch + n * half, half // word, unit)
+            to = space + call.values_at + (column + j - j0) // 2 * row
+            interleave(unit, to, scratch, scratch + half, call.value_width)
+        return
+    for j in range(j0, j1):
+        to = space + call.values_at + (column + j - j0) * row
+        _clear(to, call.value_width, unit)
+        _read_row(to, values + j * call.v_j, call.v_e, call.E, call, unit)
+        if not row_is_finite(unit, to, call.value_width):
+            _clear(to, call.value_width, unit)
+
+
+@compiled
+def _find_special(call, space, values, j0, j1, column, count, unit):
+    """Append to the list of special keys those of j0 to j1 whose values are not all finite; return its new length."""
+    word = word_bytes(unit)
+    scratch = space + call.scratch_at
+    row = _rounded_up(call.E * (2 if is_pairs(unit) else word), vector_length(unit) * word) // word
+    for j in range(j0, j1):
+        at = values + j * call.v_j
+        if not call.values_in_place:
+            _clear(scratch, row, unit)
+            _read_row(scratch, at, call.v_e, call.E, call, unit)
+            at = scratch
+        if not row_is_finite(unit, at, row):
+            store_int32(space + call.special_at + 4 * count, column + j - j0)
+            count += 1
+    return count
+
+
+@compiled
+def _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+    """Classify the tile for all groups and pack the panels that any of them sees; return -1 if none does, else the number of
+    special keys."""
+    panel = VECTORS * vector_length(unit)
+    panels = (j1 - j0 + panel - 1) // panel
+    kinds = space + call.kinds_at
+    most = call.key_tile // panel
+    union = kinds + groups * most
+    for p in range(panels):
+        store_byte(union + p, NONE)
+    seen = 0
+    for g in range(groups):
+        i0 = i_first + g % head_groups * call.group_rows
+        i1 = min(i0 + call.group_rows, i_end)
+        seen |= _classify(call, kinds + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
+        for p in range(panels):
+            store_byte(union + p, load_byte(union + p) | load_byte(kinds + g * most + p))
+    if not seen:
+        return -1
+    keys = call.k + b * call.k_b + hk * call.k_h
+    values = call.v + b * call.v_b + hk * call.v_h
+    special = 0
+    for p in range(panels):
+        if load_byte(union + p):
+            first = j0 + p * panel
+            _pack_keys(call, space, keys, p, first, unit)
+            special = _find_special(call, space, values, first, min(first + panel, j1), p * panel, special, unit)
+    if special or not call.values_in_place:
+        for p in range(panels):
+            if load_byte(union + p):
+                first = j0 + p * panel
+                _copy_values(call, space, values, first, min(first + panel, j1), p * panel, unit)
+    return special
+
+
+# -- One group of rows against one tile of keys --------------------------------------------------------------------------------
+
+
+@compiled
+def _tiled_rows(rows):
+    """How many rows to give to register tiles: one or two rows left over go one by one, more fill a tile (with rows to spare)."""
+    over = rows % ROWS
+    return rows - over + (ROWS if over > 2 else 0)
+
+
+@compiled
+def _run_end(kinds, p, panels):
+    """The end of the run of panels from p on that have the same kind."""
+    kind = load_byte(kinds + p)
+    p += 1
+    while p < panels and load_byte(kinds + p) == kind:
+        p += 1
+    return p
+
+
+@compiled
+def _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit):
+    """Fill the strip of scores: products, minus infinity beyond the last key, then the hooks."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    panel = VECTORS * lanes
+    panels = (j1 - j0 + panel - 1) // panel
+    strip, length = space + call.scores_at, call.key_tile
+    tiled = _tiled_rows(rows)
+    for p in range(panels):
+        if load_byte(kinds + p):
+            packed = space + call.keys_at + p * call.depth_padded * panel * word
+            for r in range(0, tiled, ROWS):
+                at = strip + (r * length + p * panel) * word
+                score_tile(unit, queries + r * call.depth * word, call.depth, packed, panel, at, length, call.depth)
+            for r in range(tiled, rows):
+                at = strip + (r * length + p * panel) * word
+                score_row(unit, queries + r * call.depth * word, call.depth, packed, panel, at, length, call.depth)
+    p = 0
+    while p < panels:
+        end = _run_end(kinds, p, panels)
+        kind = load_byte(kinds + p)
+        hook = call.edit_hook if kind == SOME else call.modify_hook
+        if kind != NONE and hook:
+            first, last = j0 + p * panel, min(j0 + end * panel, j1)
+            at = strip + p * panel * word
+            call_edit(hook, at, length, b, h, i0, rows, first, last - first, call.parameters)
+        p = end
+    for r in range(rows):
+        for j in range(j1 - j0, panels * panel):
+            store_number(number, strip + (r * length + j) * word, -np.inf)
+
+
+@compiled
+def _note_seen(call, space, kinds, rows, special, unit):
+    """For each special key, note which rows see it: those whose final score is not minus infinity."""
+    number = accumulator(unit)
+    word, panel = word_bytes(unit), VECTORS * vector_length(unit)
+    for n in range(special):
+        column = load_int32(space + call.special_at + 4 * n)
+        for r in range(rows):
+            seen = 0
+            if load_byte(kinds + column // panel):
+                score = load_number(number, space + call.scores_at + (r * call.key_tile + column) * word)
+                seen = 0 if score == -np.inf else 1
+            store_byte(space + call.seen_at + n * call.group_rows + r, seen)
+
+
+@compiled
+def _softmax(call, space, kinds, local, rows, panels, unit):
+    """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    panel = VECTORS * lanes
+    factor = type(number)(call.factor)
+    sums = space + call.sums_at
+    for r in range(rows):
+        row = space + call.scores_at + r * call.key_tile * word
+        weights = row
+        if is_pairs(unit):
+            weights = space + call.pairs_at + r * call.key_tile * 2
+        width = 2 if is_pairs(unit) else word
+        top = type(number)(-np.inf)
+        p = 0
+        while p < panels:
+            end = _run_end(kinds, p, panels)
+            if load_byte(kinds + p):
+                top = row_largest(number, row + p * panel * word, (end - p) * panel, top)
+            p = end
+        largest = load_number(number, space + call.largest_at + (local + r) * word)
+        new = max(largest, top * factor)
+        shift = new if new > -np.inf else type(number)(0.0)
+        _clear(sums, panel, unit)
+        p = 0
+        while p < panels:
+            end = _run_end(kinds, p, panels)
+            if load_byte(kinds + p):
+                columns = (end - p) * panel
+                row_weights(unit, row + p * panel * word, weights + p * panel * width, sums, columns, factor, shift)
+            p = end
+        shrink = exp2(number, largest - shift)
+        total = load_number(number, space + call.total_at + (local + r) * word) * shrink + row_total(number, sums)
+        store_number(number, space + call.total_at + (local + r) * word, total)
+        store_number(number, space + call.largest_at + (local + r) * word, new)
+        if shrink != 1.0:
+            row_scale(number, space + call.out_at + (local + r) * call.value_width * word, call.value_width, shrink)
+
+
+@compiled
+def _add_values(call, space, weights, values, values_row, out, rows, depth, unit):
+    """out += weights @ values over one run of keys, three vectors of columns at a time, two or one at the end."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    weights_row = call.key_tile // 2 if is_pairs(unit) else call.key_tile
+    tiled = _tiled_rows(rows)
+    width = call.value_width
+    e = 0
+    while e < width:
+        left = (width - e) // lanes
+        vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
+        b = values + e * word
+        c = out + e * word
+        for r in range(0, tiled, ROWS):
+            a, to = weights + r * weights_row * word, c + r * width * word
+            if vectors == 3:
+                value_tile_3(unit, a, weights_row, b, values_row, to, width, depth)
+            elif vectors == 2:
+                value_tile_2(unit, a, weights_row, b, values_row, to, width, depth)
+            else:
+                value_tile_1(unit, a, weights_row, b, values_row, to, width, depth)
+        for r in range(tiled, rows):
+            a, to = weights + r * weights_row * word, c + r * width * word
+            if vectors == 3:
+                value_row_3(unit, a, weights_row, b, values_row, to, width, depth)
+            elif vectors == 2:
+                value_row_2(unit, a, weights_row, b, values_row, to, width, depth)
+            else:
+                value_row_1(unit, a, weights_row, b, values_row, to, width, depth)
+        e += vectors * lanes
+
+
+@compiled
+def _weighted_values(call, space, values, kinds, local, rows, j0, j1, special, unit):
+    """Add the tile's weighted values to the rows' sums, run by run of panels that are seen."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    panel = VECTORS * lanes
+    panels = (j1 - j0 + panel - 1) // panel
+    base, row = space + call.values_at, call.value_width
+    if call.values_in_place and not special:
+        base, row = values + j0 * call.v_j, call.v_j // word
+    out = space + call.out_at + local * call.value_width * word
+    p = 0
+    while p < panels:
+        end = p + 1
+        if load_byte(kinds + p):
+            while end < panels and load_byte(kinds + end):
+                end += 1
+            first, last = p * panel, min(end * panel, j1 - j0)
+            if is_pairs(unit):
+                weights = space + call.pairs_at + first * 2
+                _add_values(call, space, weights, base + first // 2 * row * word, row, out, rows, (last - first + 1) // 2, unit)
+            else:
+                weights = space + call.scores_at + first * word
+                _add_values(call, space, weights, base + first * row * word, row, out, rows, last - first, unit)
+        p = end
+
+
+@compiled
+def _add_special(call, space, values, local, rows, j0, special, unit):
+    """Add the values that are not finite to the rows that see them: NaN and infinity reach those rows and no other."""
+    number = accumulator(unit)
+    word = word_bytes(unit)
+    scratch = space + call.scratch_at
+    for n in range(special):
+        column = load_int32(space + call.special_at + 4 * n)
+        for r in range(rows):
+            if not load_byte(space + call.seen_at + n * call.group_rows + r):
+                continue
+            if is_pairs(unit):
+                read_brain_number(number, scratch, space + call.pairs_at + (r * call.key_tile + column) * 2)
+                weight = load_number(number, scratch)
+            else:
+                weight = load_number(number, space + call.scores_at + (r * call.key_tile + column) * word)
+            at = space + call.out_at + (local + r) * call.value_width * word
+            for e in range(call.E):
+                _read_row(scratch, values + (j0 + column) * call.v_j + e * call.v_e, call.v_e, 1, call, number)
+                store_number(number, at + e * word, load_number(number, at + e * word) + weight * load_number(number, scratch))
+
+
+# -- One item ------------------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit):
+    """Copy the item's query rows, group by group; rows to spare and odd halves are zero."""
+    number = accumulator(unit)
+    word = word_bytes(unit)
+    for g in range(groups):
+        i0 = i_first + g % head_groups * call.group_rows
+        source = call.q + b * call.q_b + (h0 + g // head_groups) * call.q_h
+        for r in range(call.group_rows):
+            to = space + call.q_at + (g * call.group_rows + r) * call.depth * word
+            store_number(number, to + (call.depth - 1) * word, number)
+            if i0 + r < i_end:
+                _read_row(to, source + (i0 + r) * call.q_i, call.q_d, call.D, call, unit)
+
+
+@compiled
+def _reset(call, space, rows, unit):
+    number = accumulator(unit)
+    word = word_bytes(unit)
+    for r in range(rows):
+        store_number(number, space + call.largest_at + r * word, -np.inf)
+        store_number(number, space + call.total_at + r * word, 0.0)
+        _clear(space + call.out_at + r * call.value_width * word, call.value_width, unit)
+
+
+@compiled
+def _finish(call, space, b, h, i0, local, rows, unit):
+    """Add the sink, divide by the total, write the result rows and their lse; leave 1 / total for the weights."""
+    number = accumulator(unit)
+    word = word_bytes(unit)
+    for r in range(rows):
+        largest = load_number(number, space + call.largest_at + (local + r) * word)
+        total = load_number(number, space + call.total_at + (local + r) * word)
+        shrink = type(number)(1.0)
+        if call.sink:
+            sink = load_number(number, call.sink + (b * call.H + h) * word)
+            if sink > -np.inf:
+                new = max(largest, sink)
+                shrink = exp2(number, largest - new)
+                total = total * shrink + exp2(number, sink - new)
+                largest = new
+        inverse = type(number)(0.0)
+        if total != 0.0:
+            inverse = shrink / total
+        out = call.out + b * call.out_b + h * call.out_h + (i0 + r) * call.out_i
+        source = space + call.out_at + (local + r) * call.value_width * word
+        _write_row(out, call.out_e, source, call.E, inverse, call, number)
+        if call.lse:
+            value = type(number)(-np.inf)
+            if total != 0.0:
+                value = (largest + np.log2(total)) * type(number)(LN2)
+            store_number(number, call.lse + ((b * call.H + h) * call.M + i0 + r) * word, value)
+        store_number(number, space + call.total_at + (local + r) * word, inverse)
+
+
+@compiled
+def _write_weights(call, space, kinds, b, h, i0, local, rows, j0, j1, unit):
+    """Write the tile's normalized weights from its scores; places that no row sees are zero already."""
+    number = accumulator(unit)
+    word, panel = word_bytes(unit), VECTORS * vector_length(unit)
+    factor = type(number)(call.factor)
+    for r in range(rows):
+        largest = load_number(number, space + call.largest_at + (local + r) * word)
+        inverse = load_number(number, space + call.total_at + (local + r) * word)
+        if largest == -np.inf:
+            continue
+        to = call.weights + (((b * call.H + h) * call.M + i0 + r) * call.N + j0) * word
+        row = space + call.scores_at + r * call.key_tile * word
+        for p in range((j1 - j0 + panel - 1) // panel):
+            if load_byte(kinds + p):
+                first, last = p * panel, min((p + 1) * panel, j1 - j0)
+                at = row + first * word
+                row_weights(number, at, at, space + call.sums_at, panel, factor, largest)
+                for j in range(first, last):
+                    store_number(number, to + j * word, load_number(number, row + j * word) * inverse)
+
+
+@compiled
+def _attend(call, space, item, unit):
+    sets = call.B * call.Hk * call.head_sets
+    block, rest = call.blocks - 1 - item // sets, item % sets
+    b, rest = rest // (call.Hk * call.head_sets), rest % (call.Hk * call.head_sets)
+    hk, part = rest // call.head_sets, rest % call.head_sets
+    served = call.H // call.Hk
+    h0 = hk * served + part * call.set_heads
+    heads = min(call.set_heads, served - part * call.set_heads)
+    i_first = block * call.block_rows
+    i_end = min(i_first + call.block_rows, call.M)
+    head_groups = (i_end - i_first + call.group_rows - 1) // call.group_rows
+    groups = heads * head_groups
+
+    panel = VECTORS * vector_length(unit)
+    most = call.key_tile // panel
+    values = call.v + b * call.v_b + hk * call.v_h
+    _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
+    _reset(call, space, groups * call.group_rows, unit)
+    for j0 in range(0, call.N, call.key_tile):
+        j1 = min(j0 + call.key_tile, call.N)
+        special = _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit)
+        if special < 0:
+            continue
+        for g in range(groups):
+            h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
+            local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
+            kinds = space + call.kinds_at + g * most
+            queries = space + call.q_at + local * call.depth * word_bytes(unit)
+            _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
+            if special:
+                _note_seen(call, space, kinds, rows, special, unit)
+            _softmax(call, space, kinds, local, rows, (j1 - j0 + panel - 1) // panel, unit)
+            if call.dropout_hook:
+                at = space + call.scores_at
+                call_edit(call.dropout_hook, at, call.key_tile, b, h, i0, rows, j0, j1 - j0, call.parameters)
+            _weighted_values(call, space, values, kinds, local, rows, j0, j1, special, unit)
+            if special:
+                _add_special(call, space, values, local, rows, j0, special, unit)
+    for g in range(groups):
+        i0 = i_first + g % head_groups * call.group_rows
+        rows = min(call.group_rows, i_end - i0)
+        _finish(call, space, b, h0 + g // head_groups, i0, g * call.group_rows, rows, unit)
+    if call.weights:
+        _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
+
+
+@compiled
+def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
+    """Compute the scores a second time, now that each row's maximum and total are known, and write the weights."""
+    most = call.key_tile // (VECTORS * vector_length(unit))
+    for j0 in range(0, call.N, call.key_tile):
+        j1 = min(j0 + call.key_tile, call.N)
+        if _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit) < 0:
+            continue
+        for g in range(groups):
+            h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
+            local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
+            kinds = space + call.kinds_at + g * most
+            queries = space + call.q_at + local * call.depth * word_bytes(unit)
+            _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
+            _write_weights(call, space, kinds, b, h, i0, local, rows, j0, j1, unit)
+
+
+@compiled
+def _work(state, number, unit):
+    call = call_of(state)
+    space = call.workspace + number * call.workspace_bytes
+    while True:
+        item = claim(state)
+        if item >= call.items:
+            return
+        _attend(call, space, item, unit)
+
+
+# One worker for each unit; Numba's disk cache keeps them under their names.
+
+
+def forward_float32(state, number):
+    _work(state, number, np.float32(0))
+
+
+def forward_float64(state, number):
+    _work(state, number, np.float64(0))
+
+
+def forward_bfloat16(state, number):
+    _work(state, number, np.int32(0))

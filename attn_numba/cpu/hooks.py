@@ -1,0 +1,520 @@
+"""A rule's formula as compiled vector code, for the addresses that kernels call.
+
+A formula (`rules/formula.py`) is emitted as LLVM IR, one vector of keys at a time, and compiled by llvmlite alone: tens of
+milliseconds a rule, kept in memory under the text. Kernels are never compiled again for a rule. A hook's parameters are one block of
+8-byte words: numbers as they are; for arrays the address and the strides in elements, 0 on broadcast axes. So new parameters compile
+nothing, and an array of any shape is read where it lies.
+
+Hooks hold positions in 32 bits and floats in the accumulator's type. Formulas of masks are computed exactly as written; in those of
+modifiers a division by a number that is the same for all keys becomes a product with its reciprocal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+import numpy as np
+
+from attn_numba.cpu.target import target, target_machine
+from attn_numba.cpu.vectors import CONTRACT, DOUBLE, FLOAT, I1, I8, I32, I64, Loop, Vectors
+from attn_numba.rules.formula import Array, Node
+
+ELEMENTS = {"b1": I8, "i4": I32, "f4": FLOAT, "f8": DOUBLE}
+SUFFIX = {I8: "i8", I32: "i32", FLOAT: "f32", DOUBLE: "f64"}
+OPERATIONS = {"+": ("add", "fadd"), "-": ("sub", "fsub"), "*": ("mul", "fmul")}
+# ln 2 in two parts, the first with zeros at the end so that a small integer times it is exact (Cody and Waite 1980).
+LN2_PARTS = {FLOAT: (0.693359375, -2.12194440054690583e-4), DOUBLE: (0.6931471803691238, 1.9082149292705877e-10)}
+EXP_TERMS = {FLOAT: 7, DOUBLE: 13}  # Taylor terms of exp(r) - 1 on |r| <= ln 2 / 2: remainder 1e-8 (6e-18)
+EXP_RANGE = {FLOAT: (-110.0, 100.0), DOUBLE: (-760.0, 720.0)}
+TANH_LIMIT = {FLOAT: 10.0, DOUBLE: 22.0}  # tanh is 1 from here on
+
+
+# -- Parameters ----------------------------------------------------------------------------------------------------------------
+
+
+def layout(params: list) -> list[int]:
+    """Return the first word of each parameter in the block."""
+    at, words = 0, []
+    for param in params:
+        words.append(at)
+        at += 1 + param.ndim if isinstance(param, np.ndarray) else 1
+    return words
+
+
+def settled(params: list, number: np.dtype) -> list:
+    """Return parameters as hooks read them: plain element types, keys side by side in memory or one for all."""
+    return [_settled(p, number) if isinstance(p, np.ndarray) else p for p in params]
+
+
+def _settled(array: np.ndarray, number: np.dtype) -> np.ndarray:
+    kind = array.dtype.kind
+    wanted = np.dtype(bool if kind == "b" else np.int32 if kind in "iu" else array.dtype if array.dtype.str[1:] in ELEMENTS else number)
+    step = array.strides[-1] if array.ndim and array.shape[-1] > 1 else 0
+    regular = all(s % array.itemsize == 0 for s in array.strides) and step in (0, array.itemsize)
+    if wanted == array.dtype and regular and array.dtype.isnative:
+        return array
+    core = array[tuple(slice(0, 1) if s == 0 else slice(None) for s in array.strides)]  # broadcast axes stay so
+    return np.broadcast_to(np.ascontiguousarray(core, wanted), array.shape)
+
+
+def words(params: list) -> np.ndarray:
+    """Return the parameter block of settled parameters."""
+    block: list[int] = []
+    for param in params:
+        if isinstance(param, np.ndarray):
+            block.append(param.__array_interface__["data"][0])
+            block += [0 if n == 1 else s // param.itemsize for s, n in zip(param.strides, param.shape, strict=True)]
+        elif isinstance(param, float):
+            block.append(int(np.float64(param).view(np.int64)))
+        else:
+            block.append(int(param))
+    return np.array(block or [0], np.int64)
+
+
+def structure(params: list) -> tuple:
+    """Return what of the parameters is compiled in: int or float of numbers; type and rank of arrays, and whether keys share one."""
+    return tuple(
+        (p.dtype.str, p.ndim, p.ndim > 0 and (p.strides[-1] == 0 or p.shape[-1] == 1)) if isinstance(p, np.ndarray) else type(p).__name__
+        for p in params
+    )
+
+
+# -- Formulas as code ----------------------------------------------------------------------------------------------------------
+
+
+class Emitter(Vectors):
+    """Emits nodes for one vector of keys, or for one number where a node is the same for all keys.
+
+    `symbols` maps names to values: `j`, `row_j` and `s` are vectors, the others numbers.
+    """
+
+    def __init__(self, builder, number, lanes, block, params, places, symbols, masked=None, exact=True) -> None:
+        super().__init__(builder, number, lanes)
+        self.block, self.params, self.places, self.symbols = block, params, places, symbols
+        self.masked, self.exact = masked, exact
+        self.done: dict[int, ir.Value] = {}
+        self.keep: list[Node] = []  # nodes whose ids are in `done` must stay alive
+
+    def type_of(self, kind: str) -> ir.Type:
+        return {"int": I32, "bool": I1, "float": self.number}[kind]
+
+    def is_wide(self, value: ir.Value) -> bool:
+        return isinstance(value.type, ir.VectorType)
+
+    def vector_of(self, node: Node) -> ir.Value:
+        value = self.value(node)
+        return value if self.is_wide(value) else self.splat(value)
+
+    def value(self, node: Node) -> ir.Value:
+        if id(node) not in self.done:
+            self.done[id(node)] = self._emit(node)
+            self.keep.append(node)
+        return self.done[id(node)]
+
+    def word(self, n: int) -> ir.Value:
+        value = self.builder.load(self.builder.gep(self.block, [ir.Constant(I64, n)]))
+        value.set_metadata("invariant.load", self.builder.module.add_metadata([]))
+        return value
+
+    def _emit(self, node: Node) -> ir.Value:
+        builder = self.builder
+        if node.op == "symbol":
+            return self.symbols[node.data]
+        if node.op == "const":
+            return ir.Constant(self.type_of(node.kind), node.data)
+        if node.op == "number":
+            word = self.word(self.places[node.data])
+            if node.kind == "int":
+                return builder.trunc(word, I32)
+            value = builder.bitcast(word, DOUBLE)
+            return value if self.number == DOUBLE else builder.fptrunc(value, FLOAT)
+        if node.op == "load":
+            return self._load(node)
+        args = [self.value(a) for a in node.args]
+        wide = any(self.is_wide(a) for a in args)
+        if wide:
+            args = [a if self.is_wide(a) else self.splat(a) for a in args]
+        return self._operation(node, args, wide)
+
+    def _operation(self, node: Node, args: list[ir.Value], wide: bool) -> ir.Value:
+        builder, op, kind = self.builder, node.op, node.args[0].kind
+        result = self.type_of(node.kind)
+        result = ir.VectorType(result, self.lanes) if wide else result
+        if op == "cast":
+            return self._cast(args[0], kind, node.kind, result)
+        if op == "select":
+            return builder.select(*args)
+        if op in ("&", "|"):
+            return (builder.and_ if op == "&" else builder.or_)(*args)
+        if op == "~":
+            return builder.not_(args[0])
+        if op in ("<", "<=", ">", ">=", "==", "!="):
+            if kind == "float":
+                return (builder.fcmp_unordered if op == "!=" else builder.fcmp_ordered)(op, *args)
+            if kind == "bool":
+                return builder.icmp_unsigned(op, *args)
+            return builder.icmp_signed(op, *args)
+        return self._integer(node, args, wide) if kind == "int" else self._float(node, args, wide)
+
+    def _cast(self, x: ir.Value, kind: str, to: str, result: ir.Type) -> ir.Value:
+        builder = self.builder
+        if kind == "bool":
+            return builder.uitofp(x, result) if to == "float" else builder.zext(x, result)
+        if kind == "int" and to == "float":
+            return builder.sitofp(x, result)
+        raise NotImplementedError(f"no cast from {kind} to {to} in a rule")
+
+    def _integer(self, node: Node, args: list[ir.Value], wide: bool) -> ir.Value:
+        builder, op = self.builder, node.op
+        if op in OPERATIONS:
+            return getattr(builder, OPERATIONS[op][0])(*args)
+        if op == "neg":
+            return builder.neg(args[0])
+        if op == "abs":
+            zero = ir.Constant(args[0].type, [0] * self.lanes if wide else 0)
+            return builder.select(builder.icmp_signed("<", args[0], zero), builder.neg(args[0]), args[0])
+        if op in ("min", "max"):
+            return builder.select(builder.icmp_signed("<" if op == "min" else ">", *args), *args)
+        if op == "ilog2":
+            zeros = self.call("llvm.ctlz.i32", I32, args[0], ir.Constant(I1, 1))
+            return builder.sub(ir.Constant(I32, 31), zeros)
+        if op in ("//", "%"):
+            return self._divided(node, args, wide)
+        raise NotImplementedError(f"no integer {op} in a rule")
+
+    def _divided(self, node: Node, args: list[ir.Value], wide: bool) -> ir.Value:
+        """Floor division and its remainder. No CPU divides integer vectors; float64 is exact for 32 bits."""
+        builder = self.builder
+        divisor = node.args[1]
+        if divisor.op == "const" and divisor.data > 0 and divisor.data & (divisor.data - 1) == 0:
+            kind = args[0].type
+            shift, mask = int(divisor.data).bit_length() - 1, divisor.data - 1
+            if node.op == "//":
+                return builder.ashr(args[0], ir.Constant(kind, [shift] * self.lanes if wide else shift))
+            return builder.and_(args[0], ir.Constant(kind, [mask] * self.lanes if wide else mask))
+        double = ir.VectorType(DOUBLE, self.lanes) if wide else DOUBLE
+        ratio = builder.fdiv(builder.sitofp(args[0], double), builder.sitofp(args[1], double))
+        name = f"llvm.floor.v{self.lanes}f64" if wide else "llvm.floor.f64"
+        quotient = builder.fptosi(self.call(name, double, ratio), args[0].type)
+        return quotient if node.op == "//" else builder.sub(args[0], builder.mul(quotient, args[1]))
+
+    def _float(self, node: Node, args: list[ir.Value], wide: bool) -> ir.Value:
+        builder, op = self.builder, node.op
+        if op in OPERATIONS:
+            return getattr(builder, OPERATIONS[op][1])(*args, flags=() if self.exact else CONTRACT)
+        if op == "/":
+            if not self.exact and wide and not self.is_wide(self.value(node.args[1])):
+                one = ir.Constant(self.number, 1.0)
+                return builder.fmul(args[0], self.splat(builder.fdiv(one, self.value(node.args[1]))))
+            return builder.fdiv(*args)
+        if op in ("//", "%"):
+            floor = self.intrinsic("llvm.floor", builder.fdiv(*args))
+            return floor if op == "//" else builder.fsub(args[0], builder.fmul(floor, args[1]))
+        if op == "neg":
+            return builder.fneg(args[0])
+        if op in ("abs", "sqrt", "log"):
+            return self.intrinsic("llvm." + ("fabs" if op == "abs" else op), args[0])
+        if op in ("min", "max"):  # NaN in either is NaN, as NumPy has it
+            ordered = builder.select(builder.fcmp_ordered("<" if op == "min" else ">", *args), *args)
+            return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], ordered)
+        if op == "exp":
+            return self.exp(args[0])
+        if op == "tanh":
+            return self.tanh(args[0])
+        raise NotImplementedError(f"no {op} of floats in a rule")
+
+    def _reduced(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """x = n ln 2 + r: the integer n as a float, and exp(r) - 1 to full relative precision."""
+        n = self.intrinsic("llvm.rint", self.builder.fmul(x, self.like(x, 1 / math.log(2))))
+        high, low = LN2_PARTS[self.number]
+        r = self.fma(n, self.like(x, -low), self.fma(n, self.like(x, -high), x))
+        terms = tuple(1 / math.factorial(k) for k in range(EXP_TERMS[self.number], 0, -1))
+        return n, self.builder.fmul(self.polynomial(r, terms), r)
+
+    def _power_of_two(self, n: ir.Value) -> ir.Value:
+        """2**n for an integral float n within the range of normal numbers; a NaN gives any number."""
+        builder = self.builder
+        mantissa, bias = (52, 1023) if self.number == DOUBLE else (23, 127)
+        shifted = builder.fadd(n, self.like(n, 1.5 * 2.0**mantissa + bias))
+        kind = self.integers if self.is_wide(n) else self.integer
+        return builder.bitcast(builder.shl(builder.bitcast(shifted, kind), self.like_integer(n, mantissa)), n.type)
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        low, high = EXP_RANGE[self.number]
+        n, small = self._reduced(self.at_most(self.at_least(x, low), high))
+        half = self.intrinsic("llvm.floor", self.builder.fmul(n, self.like(n, 0.5)))  # 2**n in two factors: it may overflow
+        value = self.builder.fmul(self.builder.fadd(small, self.like(x, 1.0)), self._power_of_two(half))
+        return self.builder.fmul(value, self._power_of_two(self.builder.fsub(n, half)))
+
+    def tanh(self, x: ir.Value) -> ir.Value:
+        """tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the digits of a small x; then the sign of x."""
+        builder, limit = self.builder, TANH_LIMIT[self.number]
+        size = self.at_most(self.intrinsic("llvm.fabs", x), limit)
+        n, small = self._reduced(builder.fadd(size, size))
+        power = self._power_of_two(n)
+        e = self.fma(power, small, builder.fsub(power, self.like(x, 1.0)))
+        value = builder.fdiv(e, builder.fadd(e, self.like(x, 2.0)))
+        kind = self.integers if self.is_wide(x) else self.integer
+        sign = builder.and_(builder.bitcast(x, kind), self.like_integer(x, -(2 ** (8 * self.bytes - 1))))
+        return builder.bitcast(builder.or_(builder.bitcast(value, kind), sign), x.type)
+
+    # -- reading arrays --
+
+    def _load(self, node: Node) -> ir.Value:
+        array: Array = node.data
+        element = ELEMENTS[array.dtype.str[1:]]
+        indices = [self.value(a) for a in node.args]
+        if not any(self.is_wide(x) for x in indices):
+            return self._converted(self._load_number(node, indices, element), node.kind, element)
+        shared = structure([self.params[array.n]])[0][2]  # the last axis is one element for all
+        in_row = not any(self.is_wide(x) for x in indices[:-1]) and (shared or node.args[-1].op == "symbol")
+        if in_row and shared:
+            return self._converted(self._load_number(node, indices[:-1], element), node.kind, element)
+        loaded = self._load_row(node, indices, element) if in_row else self._gather(node, indices, element)
+        return self._converted(loaded, node.kind, element)
+
+    def _offset(self, node: Node, indices: list[ir.Value]) -> ir.Value:
+        builder, at = self.builder, self.places[node.data.n]
+        offset = ir.Constant(I64, 0)
+        for axis, index in enumerate(indices):
+            offset = builder.add(offset, builder.mul(builder.sext(index, I64), self.word(at + 1 + axis)))
+        return offset
+
+    def _base(self, node: Node, element: ir.Type) -> ir.Value:
+        return self.builder.inttoptr(self.word(self.places[node.data.n]), element.as_pointer())
+
+    def _load_number(self, node: Node, indices: list[ir.Value], element: ir.Type) -> ir.Value:
+        value = self.builder.load(self.builder.gep(self._base(node, element), [self._offset(node, indices)]))
+        value.align = 1
+        value.set_metadata("invariant.load", self.builder.module.add_metadata([]))
+        return value
+
+    def _load_row(self, node: Node, indices: list[ir.Value], element: ir.Type) -> ir.Value:
+        """Consecutive elements: the last index is a key's row or position, and the last axis is contiguous."""
+        builder = self.builder
+        first = self.builder.extract_element(indices[-1], ir.Constant(I32, 0))
+        offset = builder.add(self._offset(node, indices[:-1]), builder.sext(first, I64))
+        vector = ir.VectorType(element, self.lanes)
+        pointer = builder.bitcast(builder.gep(self._base(node, element), [offset]), vector.as_pointer())
+        if self.masked is None:
+            value = builder.load(pointer)
+            value.align = 1
+            value.set_metadata("invariant.load", builder.module.add_metadata([]))
+            return value
+        name = f"llvm.masked.load.v{self.lanes}{SUFFIX[element]}.p0"
+        zero = ir.Constant(vector, [0] * self.lanes)
+        return self.call(name, vector, pointer, ir.Constant(I32, 1), self.masked, zero)
+
+    def _gather(self, node: Node, indices: list[ir.Value], element: ir.Type) -> ir.Value:
+        builder, lanes = self.builder, self.lanes
+        wide = ir.VectorType(I64, lanes)
+        offset = ir.Constant(wide, [0] * lanes)
+        for axis, index in enumerate(indices):
+            index = index if self.is_wide(index) else self.splat(index)
+            step = self.splat(self.word(self.places[node.data.n] + 1 + axis))
+            offset = builder.add(offset, builder.mul(builder.sext(index, wide), step))
+        size = ir.Constant(wide, [node.data.dtype.itemsize] * lanes)
+        address = builder.add(self.splat(self.word(self.places[node.data.n])), builder.mul(offset, size))
+        pointers = builder.inttoptr(address, ir.VectorType(element.as_pointer(), lanes))
+        masked = self.masked or ir.Constant(ir.VectorType(I1, lanes), [1] * lanes)
+        vector = ir.VectorType(element, lanes)
+        name = f"llvm.masked.gather.v{lanes}{SUFFIX[element]}.v{lanes}p0"
+        return self.call(name, vector, pointers, ir.Constant(I32, 1), masked, ir.Constant(vector, [0] * lanes))
+
+    def _converted(self, value: ir.Value, kind: str, element: ir.Type) -> ir.Value:
+        builder, wide = self.builder, self.is_wide(value)
+        if kind == "bool":
+            return builder.icmp_unsigned("!=", value, ir.Constant(value.type, [0] * self.lanes if wide else 0))
+        if kind == "int" or element == self.number:
+            return value
+        to = self.vector if wide else self.number
+        return builder.fpext(value, to) if self.number == DOUBLE else builder.fptrunc(value, to)
+
+
+# -- Hooks ---------------------------------------------------------------------------------------------------------------------
+
+
+class Hook:
+    """One function under construction, `(int64, ...) -> void or int64`, with the parameter block as its last argument."""
+
+    def __init__(self, module: ir.Module, name: str, arguments: int, returns: bool, number: ir.Type, params: list) -> None:
+        result = I64 if returns else ir.VoidType()
+        self.function = ir.Function(module, ir.FunctionType(result, [I64] * arguments), name)
+        self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.block = self.builder.inttoptr(self.function.args[-1], I64.as_pointer())
+        self.number, self.lanes = number, target().vector_bytes // (8 if number == DOUBLE else 4)
+        self.params, self.places = params, layout(params)
+
+    def emitter(self, symbols: dict, masked: ir.Value | None = None, exact: bool = True) -> Emitter:
+        return Emitter(self.builder, self.number, self.lanes, self.block, self.params, self.places, symbols, masked, exact)
+
+    def offsets(self, b: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Position of query row 0 and key row 0 of sequence b: parameters 0 and 1 of every block."""
+        reader = self.emitter({"b": b})
+        arrays = [Array(n, np.dtype(np.int32), 1) for n in (0, 1)]
+        q, k = (reader.value(Node("load", (Node("symbol", kind="int", data="b"),), "int", a)) for a in arrays)
+        return q, k
+
+    def small(self, x: ir.Value) -> ir.Value:
+        return self.builder.trunc(x, I32)
+
+    def each_vector(self, j0: ir.Value, columns: ir.Value, body, values: list[ir.Value]) -> list[ir.Value]:
+        """Call `body(first, lanes of row_j, mask or None, values) -> values` for each vector of keys, the last one masked."""
+        builder, lanes = self.builder, self.lanes
+        steps = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+        vectors = Vectors(builder, self.number, lanes)
+
+        def keys(first: ir.Value) -> ir.Value:
+            return builder.add(vectors.splat(self.small(builder.add(j0, first))), steps)
+
+        whole = builder.and_(columns, ir.Constant(I64, -lanes))
+        loop = Loop(builder, whole, lanes, values)
+        values = loop.close(body(loop.index, keys(loop.index), None, loop.values))
+        rest = builder.icmp_signed("<", whole, columns)
+        before = builder.block
+        tail, end = builder.append_basic_block("tail"), builder.append_basic_block("end")
+        builder.cbranch(rest, tail, end)
+        builder.position_at_end(tail)
+        left = vectors.splat(self.small(builder.sub(columns, whole)))
+        new = body(whole, keys(whole), builder.icmp_signed("<", steps, left), values)
+        tail_end = builder.block
+        builder.branch(end)
+        builder.position_at_end(end)
+        merged = []
+        for old, value in zip(values, new, strict=True):
+            phi = builder.phi(old.type)
+            phi.add_incoming(old, before)
+            phi.add_incoming(value, tail_end)
+            merged.append(phi)
+        return merged
+
+
+def _row_symbols(hook: Hook, b, h, row_i, offsets) -> dict:
+    return {"b": b, "h": h, "row_i": row_i, "i": hook.builder.add(offsets[0], row_i)}
+
+
+def _key_symbols(hook: Hook, row_j, offset) -> dict:
+    vectors = Vectors(hook.builder, hook.number, hook.lanes)
+    return {"row_j": row_j, "j": hook.builder.add(row_j, vectors.splat(offset))}
+
+
+def emit_edit(module, name, number, params, score: Node | None, allowed: Node | None) -> None:
+    """A hook that replaces scores in place by `score` (None: as they are) where `allowed`, by minus infinity elsewhere.
+
+    name(scores address, row length, b, h, i0, rows, j0, columns, parameter block). Rows are padded to whole vectors.
+    """
+    hook = Hook(module, name, 9, False, number, params)
+    builder = hook.builder
+    scores, length, b, h, i0, rows, j0, columns, _ = hook.function.args
+    b, h = hook.small(b), hook.small(h)
+    offsets = hook.offsets(b)
+    size = ir.Constant(I64, 8 if number == DOUBLE else 4)
+    row = Loop(builder, rows, 1, [])
+    row_i = hook.small(builder.add(i0, row.index))
+    start = builder.add(scores, builder.mul(builder.mul(row.index, length), size))
+    fixed = _row_symbols(hook, b, h, row_i, offsets)
+
+    def body(first, row_j, masked, values):
+        symbols = {**fixed, **_key_symbols(hook, row_j, offsets[1])}
+        emit = hook.emitter(symbols, masked, exact=False)
+        at = builder.add(start, builder.mul(first, size))
+        value = symbols["s"] = emit.load(at)
+        if score is not None:
+            value = emit.vector_of(score)
+        if allowed is not None:
+            keep = hook.emitter(symbols, masked).vector_of(allowed)
+            value = builder.select(keep, value, emit.constant(-math.inf))
+        emit.store(value, at)
+        return values
+
+    hook.each_vector(j0, columns, body, [])
+    row.close([])
+    builder.ret_void()
+
+
+def emit_tile(module, name, number, params, allowed: Node, certain: Node, possible: Node) -> None:
+    """A hook that answers NONE 0, SOME 1 or ALL 2 for a tile: name(b, h, i0, i1, j0, j1, parameter block).
+
+    Where the bounds of the formula can say nothing (an array with an element for each pair), the pairs themselves are looked at: that
+    costs far less than computing their scores.
+    """
+    hook = Hook(module, name, 7, True, number, params)
+    builder = hook.builder
+    b, h, i0, i1, j0, j1, _ = hook.function.args
+    b, h = hook.small(b), hook.small(h)
+    offsets = hook.offsets(b)
+    symbols = {"b": b, "h": h}
+    for end, value in (("i0", i0), ("i1", i1), ("j0", j0), ("j1", j1)):
+        row = hook.small(value)
+        symbols["row_" + end] = row
+        symbols[end] = builder.add(row, offsets[0 if end[0] == "i" else 1])
+    emit = hook.emitter(symbols)
+    all_of, some = emit.value(certain), emit.value(possible)
+    answer = builder.add(builder.zext(all_of, I64), builder.zext(builder.or_(some, all_of), I64))
+    unknown = (certain.op == "const" and not certain.data) or (possible.op == "const" and possible.data)
+    if not unknown:
+        builder.ret(answer)
+        return
+    with builder.if_then(builder.icmp_signed("!=", answer, ir.Constant(I64, 1))):
+        builder.ret(answer)
+    _emit_look(hook, b, h, i0, i1, j0, j1, offsets, allowed)
+
+
+def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None:
+    """Return from the hook with NONE, SOME or ALL after evaluating each pair; leave at the first row that decides for SOME."""
+    builder, lanes = hook.builder, hook.lanes
+    bits = ir.VectorType(I1, lanes)
+    no, yes = ir.Constant(bits, [0] * lanes), ir.Constant(bits, [1] * lanes)
+    row = Loop(builder, builder.sub(i1, i0), 1, [no, yes])
+    row_i = hook.small(builder.add(i0, row.index))
+    fixed = _row_symbols(hook, b, h, row_i, offsets)
+
+    def body(first, row_j, masked, values):
+        any_of, all_of = values
+        emit = hook.emitter({**fixed, **_key_symbols(hook, row_j, offsets[1])}, masked)
+        keep = emit.vector_of(allowed)
+        present = yes if masked is None else masked
+        return [
+            builder.or_(any_of, builder.and_(keep, present)),
+            builder.and_(all_of, builder.or_(keep, builder.not_(present))),
+        ]
+
+    any_of, all_of = hook.each_vector(j0, builder.sub(j1, j0), body, row.values)
+    whole = ir.IntType(lanes)
+
+    def answer(any_bits, all_bits):
+        found = builder.icmp_unsigned("!=", builder.bitcast(any_bits, whole), ir.Constant(whole, 0))
+        full = builder.icmp_unsigned("==", builder.bitcast(all_bits, whole), ir.Constant(whole, -1))
+        return found, full
+
+    found, full = answer(any_of, all_of)
+    with builder.if_then(builder.and_(found, builder.not_(full))):
+        builder.ret(ir.Constant(I64, 1))
+    any_of, all_of = row.close([any_of, all_of])
+    found, full = answer(any_of, all_of)
+    builder.ret(builder.add(builder.zext(found, I64), builder.zext(builder.and_(found, full), I64)))
+
+
+# -- Compilation ---------------------------------------------------------------------------------------------------------------
+
+_engines: dict[str, tuple[object, dict[str, int]]] = {}  # an engine must live as long as its addresses
+
+
+def compile_hooks(module: ir.Module) -> dict[str, int]:
+    """Compile a module of hooks, or find it compiled; return the address of each function."""
+    text = str(module)
+    if text not in _engines:
+        parsed = llvm.parse_assembly(text)
+        parsed.verify()
+        machine = target_machine()
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+        passes.getModulePassManager().run(parsed, passes)
+        names = [f.name for f in parsed.functions if not f.is_declaration]
+        engine = llvm.create_mcjit_compiler(parsed, machine)
+        engine.finalize_object()
+        _engines[text] = engine, {name: engine.get_function_address(name) for name in names}
+    return _engines[text][1]

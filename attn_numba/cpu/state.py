@@ -1,0 +1,104 @@
+"""The record that one call passes to its workers: addresses, strides and sizes, all decided before the first worker starts."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import from_dtype, types
+from numba.extending import intrinsic
+
+# The counter that hands out items has two cache lines to itself, for every worker writes to it.
+COUNTER_WORDS = 16
+
+
+class Call(NamedTuple):
+    """Everything a forward worker reads. Addresses and strides in bytes; `*_at` are offsets into a worker's own workspace."""
+
+    items: int  # (sequence, key head, set of query heads, block of query rows), numbered from the last block of rows to the first
+    workspace: int  # worker n owns workspace + n * workspace_bytes
+    workspace_bytes: int
+    B: int
+    H: int
+    Hk: int
+    M: int
+    N: int
+    D: int
+    E: int
+    q: int
+    q_b: int
+    q_h: int
+    q_i: int
+    q_d: int
+    k: int
+    k_b: int
+    k_h: int
+    k_j: int
+    k_d: int
+    v: int
+    v_b: int
+    v_h: int
+    v_j: int
+    v_e: int
+    out: int
+    out_b: int
+    out_h: int
+    out_i: int
+    out_e: int
+    lse: int  # 0: not asked for
+    weights: int  # 0: not asked for
+    sink: int  # accumulators (B, H), in units of log2; 0: none
+    kind: int  # how q, k, v and out are stored: SAME, HALF_FLOAT, BRAIN_FLOAT
+    itemsize: int
+    tile_hook: int  # 0: every tile is ALL
+    edit_hook: int  # scale, modifiers and mask, for SOME tiles; 0: nothing to do
+    modify_hook: int  # scale and modifiers, for ALL tiles; 0: nothing to do
+    dropout_hook: int  # 0: none
+    parameters: int
+    head_sets: int  # sets of query heads that one key head serves
+    set_heads: int  # query heads in a set; more than 1 only where a head has few rows
+    blocks: int  # blocks of query rows in a head
+    block_rows: int
+    group_rows: int  # rows that share one strip of scores, a multiple of the register tile's rows unless 1 or 2
+    key_tile: int  # keys in a tile, a multiple of the panel width
+    depth: int  # words in a row of q: D, or pairs
+    depth_padded: int  # in whole vectors
+    value_width: int  # E in whole vectors
+    values_in_place: int  # whether V is read where it lies
+    q_at: int
+    out_at: int
+    largest_at: int  # per row: the largest score so far, times factor
+    total_at: int  # per row: the sum of weights so far, in units of 2**largest
+    scores_at: int
+    pairs_at: int  # weights as bfloat16, if operands are pairs
+    sums_at: int
+    scratch_at: int
+    keys_at: int
+    values_at: int
+    kinds_at: int  # byte (group, panel): NONE, SOME, ALL
+    special_at: int  # int32 list of keys whose values are not all finite
+    seen_at: int  # byte (special key, row): whether the row sees the key
+    factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale
+
+    def pack(self) -> np.ndarray:
+        """Return the state block: the counter at 0, then this record."""
+        state = np.zeros(COUNTER_WORDS + len(self), np.int64)
+        state[COUNTER_WORDS:] = np.frombuffer(_PACKED.pack(*self), np.int64)
+        return state
+
+
+_PACKED = struct.Struct(f"{len(Call._fields) - 1}qd")
+_RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int64) for name in Call._fields]))
+
+
+@intrinsic
+def call_of(typingctx, state):
+    """The `Call` record of the state block at an address."""
+
+    def codegen(context, builder, signature, args):
+        start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))
+        return builder.inttoptr(start, context.get_value_type(_RECORD))
+
+    return _RECORD(types.intp), codegen

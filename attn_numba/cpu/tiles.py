@@ -1,0 +1,396 @@
+"""Register tiles, row operations and conversions as Numba intrinsics that emit LLVM vector code.
+
+Every intrinsic takes byte addresses (int64) and, first, a *unit*: a number whose type alone says what is multiplied.
+
+| unit | operands | accumulators |
+| --- | --- | --- |
+| `float32(0)` | float32 | float32 |
+| `float64(0)` | float64 | float64 |
+| `int32(0)` | pairs of bfloat16 in one 32-bit word | float32 |
+
+A *word* below is one operand: 4 or 8 bytes. Rows that are read as vectors are padded to whole vectors by the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from attn_numba.cpu.target import target
+from attn_numba.cpu.vectors import CONTRACT, DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, Loop, Vectors
+
+VECTORS = 3  # vectors in a register tile's row; rows x 3 accumulators, 3 operands and a broadcast fit the register file
+TILE_ROWS = target().tile_rows
+BF16_DOT = {64: "llvm.x86.avx512bf16.dpbf16ps.512"}
+EXPONENT = {FLOAT: 0x7F800000, DOUBLE: 0x7FF0000000000000}  # all ones: not finite
+
+# How numbers are stored in the arrays of a call.
+SAME, HALF_FLOAT, BRAIN_FLOAT = 0, 1, 2
+
+
+def _emitter(builder: ir.IRBuilder, unit: types.Type) -> Vectors:
+    number = DOUBLE if unit == types.float64 else FLOAT
+    return Vectors(builder, number, target().vector_bytes // (8 if number == DOUBLE else 4))
+
+
+def _accumulator(unit: types.Type) -> types.Type:
+    return types.float64 if unit == types.float64 else types.float32
+
+
+def _addresses(count: int) -> tuple[types.Type, ...]:
+    return (types.intp,) * count
+
+
+def _define(count: int, emit, result=None, tail=()):
+    """An intrinsic of (unit, `count` int64 arguments, further accumulator numbers); `emit(vectors, unit, *values)`.
+
+    `result` is a function from the unit's type to the result's type, None for none; `tail` counts trailing accumulator arguments.
+    """
+    floats = len(tail)
+
+    def typer(unit):
+        returns = result(unit) if result else types.void
+        return returns(unit, *_addresses(count), *([_accumulator(unit)] * floats))
+
+    def codegen(context, builder, signature, args):
+        unit = signature.args[0]
+        value = emit(_emitter(builder, unit), unit, *args[1:])
+        return context.get_dummy_value() if result is None else value
+
+    names = [f"a{i}" for i in range(count + floats)]
+    namespace = {"typer": typer, "codegen": codegen}
+    exec(f"def function(typingctx, unit, {', '.join(names)}):\n    return typer(unit), codegen", namespace)
+    return intrinsic(namespace["function"])
+
+
+# -- Register tiles ----------------------------------------------------------------------------------------------------------
+
+
+def _tile(rows: int, vectors: int, accumulate: bool):
+    """tile(unit, a, a_row, b, b_row, c, c_row, depth): C[rows, vectors] (+)= A[rows, depth] @ B[depth, vectors].
+
+    Row lengths in words (C: accumulators). Sums run over the depth in order, one chain of fused multiply-adds per element, so an
+    element's bits do not depend on the rows beside it. Each element of C has one writer. A row of B is whole vectors.
+    """
+
+    def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth):
+        builder, pairs = v.builder, unit == types.int32
+        word = I32 if pairs else v.number
+        operand = ir.VectorType(BFloat(), 2 * v.lanes) if pairs else v.vector
+        size = ir.Constant(I64, v.bytes)
+
+        def row_addresses(base, row):
+            step = builder.mul(row, size)
+            found = [base]
+            for _ in range(rows - 1):
+                found.append(builder.add(found[-1], step))
+            return found
+
+        c_rows, a_rows = row_addresses(c, c_row), row_addresses(a, a_row)
+        zero = v.constant(0.0)
+        start = [
+            v.load(c_rows[i], n * v.lanes * v.bytes) if accumulate else zero for i in range(rows) for n in range(vectors)
+        ]
+        b_step = builder.mul(b_row, size)
+        loop = Loop(builder, depth, 1, start)
+        b_at = builder.add(b, builder.mul(loop.index, b_step))
+        b_vectors = [v.load(b_at, n * v.lanes * v.bytes) for n in range(vectors)]
+        a_offset = builder.mul(loop.index, size)
+        new = []
+        for i in range(rows):
+            number = v.splat(v.load(a_rows[i], a_offset, word), word)
+            for n in range(vectors):
+                old = loop.values[i * vectors + n]
+                if pairs:
+                    args = old, builder.bitcast(number, operand), builder.bitcast(b_vectors[n], operand)
+                    new.append(v.call(BF16_DOT[target().vector_bytes], v.vector, *args))
+                else:
+                    new.append(v.fma(number, b_vectors[n], old))
+        result = loop.close(new)
+        for i in range(rows):
+            for n in range(vectors):
+                v.store(result[i * vectors + n], c_rows[i], n * v.lanes * v.bytes)
+
+    return _define(7, emit)
+
+
+score_tile, score_row = _tile(TILE_ROWS, VECTORS, False), _tile(1, VECTORS, False)
+value_tile_3, value_tile_2, value_tile_1 = (_tile(TILE_ROWS, n, True) for n in (3, 2, 1))
+value_row_3, value_row_2, value_row_1 = (_tile(1, n, True) for n in (3, 2, 1))
+
+
+# -- Rows of scores ----------------------------------------------------------------------------------------------------------
+
+
+def _row_largest(v: Vectors, unit, row, columns, start):
+    builder = v.builder
+    loop = Loop(builder, columns, VECTORS * v.lanes, [v.splat(start)] * VECTORS)
+    at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
+    new = [v.larger(v.load(at, n * v.lanes * v.bytes), loop.values[n]) for n in range(VECTORS)]
+    first, *others = loop.close(new)
+    for other in others:
+        first = v.larger(first, other)
+    return v.fold(first, v.larger)
+
+
+def _row_weights(v: Vectors, unit, row, weights, sums, columns, factor, shift):
+    builder = v.builder
+    factors, shifts = v.splat(factor), v.splat(builder.fneg(shift))
+    step = v.lanes * v.bytes
+    loop = Loop(builder, columns, VECTORS * v.lanes, [v.load(sums, n * step) for n in range(VECTORS)])
+    at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
+    to = builder.add(weights, builder.mul(loop.index, ir.Constant(I64, 2 if unit == types.int32 else v.bytes)))
+    new = []
+    for n in range(VECTORS):
+        weight = v.exp2_nonpositive(v.fma(v.load(at, n * step), factors, shifts))
+        new.append(builder.fadd(loop.values[n], weight))
+        if unit == types.int32:
+            brain = builder.fptrunc(weight, ir.VectorType(BFloat(), v.lanes))
+            v.store(brain, to, n * v.lanes * 2)
+        else:
+            v.store(weight, to, n * step)
+    for n, total in enumerate(loop.close(new)):
+        v.store(total, sums, n * step)
+
+
+def _row_total(v: Vectors, unit, sums):
+    builder = v.builder
+    first = v.load(sums)
+    for n in range(1, VECTORS):
+        first = builder.fadd(first, v.load(sums, n * v.lanes * v.bytes))
+    return v.fold(first, builder.fadd)
+
+
+def _row_scale(v: Vectors, unit, row, columns, factor):
+    builder = v.builder
+    factors = v.splat(factor)
+    loop = Loop(builder, columns, v.lanes, [])
+    offset = builder.mul(loop.index, ir.Constant(I64, v.bytes))
+    v.store(builder.fmul(v.load(row, offset), factors), row, offset)
+    loop.close([])
+
+
+def _row_fill(v: Vectors, unit, row, columns, number):
+    builder = v.builder
+    numbers = v.splat(number)
+    loop = Loop(builder, columns, v.lanes, [])
+    v.store(numbers, row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
+    loop.close([])
+
+
+# largest number of a row of scores and `start`; columns in whole triples of vectors, as below; NaN is passed over
+row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
+# weights[j] = 2**(row[j] * factor - shift), added lane by lane to the three vectors of partial sums at `sums`; pairs: stored as bfloat16
+row_weights = _define(4, _row_weights, tail=(0, 0))
+# the sum of those three vectors
+row_total = _define(1, _row_total, _accumulator)
+row_scale = _define(2, _row_scale, tail=(0,))
+row_fill = _define(2, _row_fill, tail=(0,))
+exp2_number = _define(0, lambda v, unit, x: v.exp2_nonpositive(x), _accumulator, tail=(0,))
+
+
+# -- Rows of numbers: conversion, transposition, inspection ------------------------------------------------------------------
+
+
+def _widened(v: Vectors, bits: ir.Value, kind: int) -> ir.Value:
+    """float16 or bfloat16 bits (vector or one number) as float32."""
+    builder = v.builder
+    wide = isinstance(bits.type, ir.VectorType)
+    floats, words = (v.vector, v.integers) if wide else (FLOAT, I32)
+    if kind == HALF_FLOAT:
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(HALF, v.lanes) if wide else HALF), floats)
+    return builder.bitcast(builder.shl(builder.zext(bits, words), v.like_integer(bits, 16)), floats)
+
+
+def _narrowed(v: Vectors, x: ir.Value, kind: int) -> ir.Value:
+    """float32 as float16 or bfloat16 bits, rounded to nearest even, NaN stays NaN."""
+    builder = v.builder
+    wide = isinstance(x.type, ir.VectorType)
+    shorts, words = (ir.VectorType(I16, v.lanes), v.integers) if wide else (I16, I32)
+    if kind == HALF_FLOAT:
+        return builder.bitcast(builder.fptrunc(x, ir.VectorType(HALF, v.lanes) if wide else HALF), shorts)
+    bits = builder.bitcast(x, words)
+    odd = builder.and_(builder.lshr(bits, v.like_integer(x, 16)), v.like_integer(x, 1))
+    rounded = builder.add(builder.add(bits, v.like_integer(x, 0x7FFF)), odd)
+    quiet = builder.or_(bits, v.like_integer(x, 0x400000))
+    kept = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
+    return builder.trunc(builder.lshr(kept, v.like_integer(x, 16)), shorts)
+
+
+def _reader(kind: int, wide: bool):
+    """Copy one vector (or one number) of stored kind `kind` at `source` to accumulators at `to`."""
+
+    def emit(v: Vectors, unit, to, source):
+        builder = v.builder
+        if unit == types.int32 and kind != SAME:
+            return
+        if kind == SAME:
+            single = I16 if unit == types.int32 else v.number
+            number = v.load(source, kind=v.vector if wide else single)
+        else:
+            if v.number == DOUBLE:  # float64 calls hold float64 only: this branch is never taken there
+                return
+            bits = v.load(source, kind=ir.VectorType(I16, v.lanes) if wide else I16)
+            number = _widened(v, bits, kind)
+        v.store(number, to)
+        del builder
+
+    return _define(2, emit)
+
+
+read_vector, read_half_vector, read_brain_vector = (_reader(kind, True) for kind in (SAME, HALF_FLOAT, BRAIN_FLOAT))
+read_number, read_half_number, read_brain_number = (_reader(kind, False) for kind in (SAME, HALF_FLOAT, BRAIN_FLOAT))
+
+
+def _writer(kind: int, wide: bool):
+    """Write accumulators at `source` times `factor` as one vector (or number) of stored kind `kind` at `to`."""
+
+    def emit(v: Vectors, unit, to, source, factor):
+        builder = v.builder
+        if v.number == DOUBLE and kind != SAME:
+            return
+        number = v.load(source, kind=v.vector if wide else v.number)
+        number = builder.fmul(number, v.splat(factor) if wide else factor)
+        v.store(number if kind == SAME else _narrowed(v, number, kind), to)
+
+    return _define(2, emit, tail=(0,))
+
+
+write_vector, write_half_vector, write_brain_vector = (_writer(kind, True) for kind in (SAME, HALF_FLOAT, BRAIN_FLOAT))
+write_number, write_half_number, write_brain_number = (_writer(kind, False) for kind in (SAME, HALF_FLOAT, BRAIN_FLOAT))
+
+
+def _transpose(v: Vectors, unit, source, source_row, to, to_row):
+    """One square block of `lanes` x `lanes` words, by exchanging lanes between pairs of rows at distances 1, 2, 4, ..."""
+    builder, n = v.builder, v.lanes
+    rows, at = [], source
+    for _ in range(n):
+        rows.append(v.load(at))
+        at = builder.add(at, source_row)
+    distance = n // 2
+    while distance:
+        low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+        high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+        for i in range(n):
+            if not i & distance:
+                a, b = rows[i], rows[i + distance]
+                rows[i], rows[i + distance] = v.shuffle(a, b, low), v.shuffle(a, b, high)
+        distance //= 2
+    at = to
+    for row in rows:
+        v.store(row, at)
+        at = builder.add(at, to_row)
+
+
+# rows `source_row` bytes apart become columns of rows `to_row` bytes apart
+transpose = _define(4, _transpose)
+
+
+def _row_is_finite(v: Vectors, unit, row, columns):
+    """Whether all words of a row (whole vectors) are finite; pairs: both halves of each word."""
+    builder = v.builder
+    if unit == types.int32:
+        shorts, masks = ir.VectorType(I16, 2 * v.lanes), 0x7F80
+        ones = ir.Constant(shorts, [masks] * (2 * v.lanes))
+    else:
+        shorts, ones = v.integers, v.integer_constant(EXPONENT[v.number])
+    seen = ir.Constant(ir.VectorType(ir.IntType(1), shorts.count), [0] * shorts.count)
+    loop = Loop(builder, columns, v.lanes, [seen])
+    bits = v.load(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)), shorts)
+    found = builder.icmp_unsigned("==", builder.and_(bits, ones), ones)
+    (seen,) = loop.close([builder.or_(loop.values[0], found)])
+    whole = builder.bitcast(seen, ir.IntType(shorts.count))
+    return builder.zext(builder.icmp_unsigned("==", whole, ir.Constant(whole.type, 0)), I64)
+
+
+row_is_finite = _define(2, _row_is_finite, lambda unit: types.intp)
+
+
+def _interleave(v: Vectors, unit, to, first, second, columns):
+    """Pairs only: word e of `to` holds bfloat16 number e of row `first` (low half) and of row `second` (high half)."""
+    builder = v.builder
+    shorts = ir.VectorType(I16, v.lanes)
+    loop = Loop(builder, columns, v.lanes, [])
+    offset = builder.mul(loop.index, ir.Constant(I64, 2))
+    low = builder.zext(v.load(first, offset, shorts), v.integers)
+    high = builder.shl(builder.zext(v.load(second, offset, shorts), v.integers), v.integer_constant(16))
+    words = builder.or_(low, high)
+    v.store(words, to, builder.mul(loop.index, ir.Constant(I64, 4)))
+    loop.close([])
+
+
+interleave = _define(4, lambda v, unit, *a: _interleave(v, unit, *a) if unit == types.int32 else None)
+
+load_number = _define(1, lambda v, unit, at: v.load(at, kind=v.number), _accumulator)
+store_number = _define(1, lambda v, unit, at, x: v.store(x, at), tail=(0,))
+vector_length = _define(0, lambda v, unit: ir.Constant(I64, v.lanes), lambda unit: types.intp)
+word_bytes = _define(0, lambda v, unit: ir.Constant(I64, v.bytes), lambda unit: types.intp)
+is_pairs = _define(0, lambda v, unit: ir.Constant(I64, int(unit == types.int32)), lambda unit: types.intp)
+accumulator = _define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulator)  # the unit of a unit's accumulators
+
+
+# -- Memory and calls --------------------------------------------------------------------------------------------------------
+
+
+def _bytes_access(kind: ir.Type, number: types.Type):
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, signature, args):
+            value = builder.load(builder.inttoptr(args[0], kind.as_pointer()))
+            value.align = 1
+            return builder.sext(value, I64)
+
+        return types.intp(types.intp), codegen
+
+    @intrinsic
+    def store(typingctx, address, value):
+        def codegen(context, builder, signature, args):
+            builder.store(builder.trunc(args[1], kind), builder.inttoptr(args[0], kind.as_pointer())).align = 1
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), codegen
+
+    return load, store
+
+
+load_byte, store_byte = _bytes_access(ir.IntType(8), types.int8)
+load_int32, store_int32 = _bytes_access(I32, types.int32)
+
+
+@intrinsic
+def claim(typingctx, address):
+    """The next number of the int64 counter at `address`; each number is given out once."""
+
+    def codegen(context, builder, signature, args):
+        counter = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(I64, 1), "monotonic")
+
+    return types.intp(types.intp), codegen
+
+
+def _function_pointer(count: int, returns: bool):
+    """An intrinsic that calls the function of `count` int64 arguments at an address."""
+
+    def codegen(context, builder, signature, args):
+        result = I64 if returns else ir.VoidType()
+        function = builder.inttoptr(args[0], ir.FunctionType(result, [I64] * count).as_pointer())
+        value = builder.call(function, args[1:])
+        return value if returns else context.get_dummy_value()
+
+    def typer():
+        return (types.intp if returns else types.void)(types.intp, *_addresses(count))
+
+    names = ", ".join(f"a{i}" for i in range(count))
+    namespace = {"typer": typer, "codegen": codegen}
+    exec(f"def function(typingctx, address, {names}):\n    return typer(), codegen", namespace)
+    return intrinsic(namespace["function"])
+
+
+call_edit = _function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
+call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2
+call_worker = _function_pointer(2, False)  # (state, worker number)

@@ -1,0 +1,277 @@
+"""One validated call: arrays as (B, H, M, D), sizes, rules, scale and offsets. Every input error is raised here."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attn_numba.rules.base import AnyArray, Mask, Sizes, as_mask
+from attn_numba.rules.modifiers import Dropout, Modifier, as_modifiers
+from attn_numba.rules.normalizers import Softmax
+from attn_numba.rules.scores import Dot
+
+# dtype name -> dtype of the accumulators, of lse and of weights
+ACCUMULATORS = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.float32),
+}
+POSITION_LIMIT = 2**30
+
+
+class Problem(NamedTuple):
+    """One call, checked: what every backend computes from."""
+
+    q: AnyArray  # (B, H, M, D)
+    k: AnyArray  # (B, Hk, N, D)
+    v: AnyArray  # (B, Hk, N, E)
+    sizes: Sizes
+    rank: int  # axes of the q that came in, and of the result
+    dtype: str
+    mask: Mask | None
+    modifiers: tuple[Modifier, ...]
+    normalizer: Softmax
+    scale: float
+    query_offset: int | AnyArray  # (B,) int32 if not one number
+    key_offset: int | AnyArray
+    dropout: Dropout | None
+
+    @property
+    def accumulator(self) -> np.dtype[Any]:
+        """dtype of sums, lse and weights."""
+        return ACCUMULATORS[self.dtype]
+
+
+def is_device_array(x: object) -> bool:
+    """Whether `x` lives on a GPU."""
+    if isinstance(x, np.ndarray):
+        return False
+    if hasattr(x, "__cuda_array_interface__"):
+        return True
+    if hasattr(x, "__dlpack_device__"):
+        return int(x.__dlpack_device__()[0]) not in (1, 3)  # neither CPU nor pinned CPU memory
+    return False
+
+
+def host_array(x: object, name: str) -> AnyArray:
+    """Return `x` as a NumPy array without copying, in native byte order.
+
+    Raises
+    ------
+    TypeError
+        If it is no array of one of the four dtypes.
+    """
+    if isinstance(x, np.ndarray):
+        array = x
+    elif hasattr(x, "__array__"):
+        array = _converted(np.asarray, x, name)
+    elif hasattr(x, "__dlpack__"):
+        array = _converted(np.from_dlpack, x, name)
+    else:
+        raise TypeError(f"{name} is {type(x).__name__}; needed an array: NumPy's, or one that offers __array__ or DLPack")
+    if array.dtype.name not in ACCUMULATORS:
+        raise TypeError(f"{name} has dtype {array.dtype.name}; needed float64, float32, float16 or bfloat16")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _converted(convert: Any, x: object, name: str) -> AnyArray:
+    try:
+        array: AnyArray = convert(x)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise TypeError(f"{name} is {type(x).__name__}, which does not make a NumPy array: {error}") from error
+    return array
+
+
+def _four_axes(array: AnyArray, name: str) -> AnyArray:
+    if not 2 <= array.ndim <= 4:
+        letters = "(B, H, M, D)" if name in ("q", "out") else "(B, Hk, N, D)" if name == "k" else "(B, Hk, N, E)"
+        raise ValueError(f"{name} has {array.ndim} axes, shape {array.shape}; needed 2 to 4, {letters}")
+    return array if array.ndim == 4 else array[(np.newaxis,) * (4 - array.ndim)]
+
+
+def check_arrays(q: object, k: object, v: object) -> tuple[AnyArray, AnyArray, AnyArray, Sizes, int]:
+    """Return q, k, v with four axes, the sizes of the call and the rank of q.
+
+    Raises
+    ------
+    TypeError
+        If one is no array of a supported dtype, or they do not share one.
+    ValueError
+        If their shapes do not fit.
+    """
+    arrays = [host_array(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
+    dtype = arrays[0].dtype
+    if not arrays[1].dtype == arrays[2].dtype == dtype:
+        raise TypeError(f"q, k, v have dtypes {', '.join(a.dtype.name for a in arrays)}; needed one dtype for all three")
+    rank = arrays[0].ndim
+    q4, k4, v4 = (_four_axes(a, name) for a, name in zip(arrays, "qkv", strict=True))
+    (B, H, M, D), (_, Hk, N, _), E = q4.shape, k4.shape, v4.shape[3]
+    for array, name in ((k4, "k"), (v4, "v")):
+        if array.shape[0] != B:
+            raise ValueError(f"{name} has {array.shape[0]} sequences; q has {B}")
+    if k4.shape[3] != D:
+        raise ValueError(f"k has head size {k4.shape[3]}; q has {D}")
+    if D < 1 or E < 1:
+        raise ValueError(f"{'q' if D < 1 else 'v'} has {'head' if D < 1 else 'value'} size 0; needed at least 1")
+    if H < 1 or Hk < 1 or H % Hk:
+        raise ValueError(f"k has {Hk} heads; q has {H}, not a multiple of {Hk}" if Hk else "k has 0 heads; needed at least 1")
+    if v4.shape[1] != Hk:
+        raise ValueError(f"v has {v4.shape[1]} heads; k has {Hk}")
+    if v4.shape[2] != N:
+        raise ValueError(f"v has {v4.shape[2]} rows; k has {N}")
+    return q4, k4, v4, Sizes(B, H, Hk, M, N, D, E), rank
+
+
+def check_scale(scale: object, default: float) -> float:
+    """Return the scale as a float.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is NaN.
+    """
+    if scale is None:
+        return default
+    if isinstance(scale, (bool, str, bytes)):
+        raise TypeError(f"scale is {scale!r}; needed a number or None")
+    try:
+        value = float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"scale is {type(scale).__name__}; needed a number or None") from None
+    if math.isnan(value):
+        raise ValueError("scale is NaN; needed a number")
+    return value
+
+
+def check_offset(offset: object, name: str, sequences: int, rows: int) -> int | AnyArray:
+    """Return an offset as an int, or as an int32 array (B,).
+
+    Raises
+    ------
+    TypeError
+        If it is not made of integers.
+    ValueError
+        If its shape is not (B,), or a position would reach 2**30.
+    """
+    result: int | AnyArray
+    if isinstance(offset, int) and not isinstance(offset, bool):
+        result = first = last = offset
+    else:
+        array = np.asarray(offset)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} is {type(offset).__name__} of dtype {array.dtype}; needed an integer or integers (B,)")
+        if array.shape not in ((), (sequences,)):
+            raise ValueError(f"{name} has shape {array.shape}; needed one integer or shape (B,) = ({sequences},)")
+        first, last = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        result = operator.index(array[()]) if array.ndim == 0 else array.astype(np.int64)
+    if first <= -POSITION_LIMIT or last + rows >= POSITION_LIMIT:
+        raise ValueError(f"{name} gives positions from {first} to {last + rows - 1}; needed less than 2**30 either side of 0")
+    return result if isinstance(result, int) else result.astype(np.int32)
+
+
+def check(
+    q: object,
+    k: object,
+    v: object,
+    *,
+    mask: object = None,
+    modifiers: object = (),
+    score: object = None,
+    normalizer: object = None,
+    scale: object = None,
+    query_offset: object = None,
+    key_offset: object = 0,
+    dropout: object = None,
+) -> Problem:
+    """Return the call as a `Problem`.
+
+    Raises
+    ------
+    TypeError
+        For arguments of the wrong kind.
+    ValueError
+        For shapes and values that do not fit.
+    """
+    q4, k4, v4, sizes, rank = check_arrays(q, k, v)
+    rule = as_mask(mask)
+    chain = as_modifiers(modifiers) if modifiers != () else ()
+    dot = _instance(score, Dot, "score", "Dot()")
+    softmax = _instance(normalizer, Softmax, "normalizer", "Softmax()")
+    drop = dropout if dropout is None else _instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
+    number = check_scale(scale, dot.default_scale(sizes.D))
+    key_at = check_offset(key_offset, "key_offset", sizes.B, sizes.N)
+    if query_offset is not None:
+        query_at = check_offset(query_offset, "query_offset", sizes.B, sizes.M)
+    else:
+        query_at = key_at if sizes.M == sizes.N else 0
+        users = [x for x in (rule, *chain) if x is not None and x.uses_positions] + ([drop] if drop is not None else [])
+        if users and sizes.M != sizes.N:
+            raise ValueError(
+                f"query_offset is None, but {type(users[0]).__name__} uses positions and q has {sizes.M} rows, k {sizes.N}: pass "
+                f"query_offset=0 (first rows aligned) or query_offset={sizes.N - sizes.M} (N - M, last rows aligned)"
+            )
+    for user in (rule, *chain):
+        if user is not None:
+            user.check(sizes, query_at, key_at)
+    return Problem(q4, k4, v4, sizes, rank, q4.dtype.name, rule, chain, softmax, number, query_at, key_at, drop)
+
+
+def _instance(x: Any, kind: Any, name: str, example: str) -> Any:
+    """`x`, or a new `kind` for None."""
+    if x is None:
+        return kind()
+    if isinstance(x, kind):
+        return x
+    what = f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__
+    raise TypeError(f"{name} is {what}; needed {example}")
+
+
+def check_out(out: object, problem: Problem) -> AnyArray:
+    """Return `out` with four axes.
+
+    Raises
+    ------
+    TypeError
+        If it is not a NumPy array of q's dtype.
+    ValueError
+        If its shape does not fit, it is read-only, or it overlaps an input.
+    """
+    s = problem.sizes
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out is {type(out).__name__}; needed a NumPy array")
+    if out.dtype != problem.q.dtype:
+        raise TypeError(f"out has dtype {out.dtype.name}; q has {problem.dtype}")
+    shape = (s.B, s.H, s.M, s.E)[4 - problem.rank :]
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; needed {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; needed an array that can be written")
+    for array, name in ((problem.q, "q"), (problem.k, "k"), (problem.v, "v")):
+        if np.may_share_memory(out, array) and _shares(out, array):
+            raise ValueError(f"out overlaps {name}; needed memory of its own")
+    if out.size > 1 and _overlaps_itself(out):
+        raise ValueError("out has elements that share memory; needed one place for each element")
+    return _four_axes(out, "out")
+
+
+def _shares(a: AnyArray, b: AnyArray) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(array: AnyArray) -> bool:
+    """Whether two elements may be in one place: sorted by stride, each axis must step over all smaller ones."""
+    reach = array.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
