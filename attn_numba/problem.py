@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from attn_numba.rules.base import AnyArray, Mask, Sizes, as_mask
-from attn_numba.rules.modifiers import Dropout, Modifier, as_modifiers
-from attn_numba.rules.normalizers import Softmax
-from attn_numba.rules.scores import Dot
+from attn_numba.rules import Dot, Dropout, Mask, Modifier, Sizes, Softmax, as_mask, as_modifiers
+
+AnyArray: TypeAlias = "np.ndarray[Any, Any]"
 
 # dtype name -> dtype of the accumulators, of lse and of weights
 ACCUMULATORS = {
@@ -34,6 +33,7 @@ class Problem(NamedTuple):
     dtype: str
     mask: Mask | None
     modifiers: tuple[Modifier, ...]
+    score: Dot
     normalizer: Softmax
     scale: float
     query_offset: int | AnyArray  # (B,) int32 if not one number
@@ -175,6 +175,49 @@ def check_offset(offset: object, name: str, sequences: int, rows: int) -> int | 
     return result if isinstance(result, int) else result.astype(np.int32)
 
 
+def check_offsets(query_offset: object, key_offset: object, sizes: Sizes, rules: Any) -> tuple[int | AnyArray, int | AnyArray]:
+    """Return both offsets; a query offset of None stands for the key offset where ``M == N``.
+
+    Raises
+    ------
+    TypeError
+        If one is not made of integers.
+    ValueError
+        If one does not fit, or `query_offset` is None, ``M != N`` and one of `rules` uses positions.
+    """
+    key_at = check_offset(key_offset, "key_offset", sizes.B, sizes.N)
+    if query_offset is not None:
+        return check_offset(query_offset, "query_offset", sizes.B, sizes.M), key_at
+    if sizes.M == sizes.N:
+        return key_at, key_at
+    for rule in rules:
+        if rule.uses_positions:
+            raise ValueError(
+                f"query_offset is None, but {type(rule).__name__} uses positions and q has {sizes.M} rows, k has {sizes.N}: pass "
+                f"query_offset=0 (first rows aligned) or query_offset={sizes.N - sizes.M} (N - M, last rows aligned)"
+            )
+    return 0, key_at
+
+
+def check_shape(shape: object) -> Sizes:
+    """Return (B, H, M, N) as sizes of a call.
+
+    Raises
+    ------
+    TypeError
+        If it is not four integers.
+    ValueError
+        If one is negative.
+    """
+    try:
+        B, H, M, N = (operator.index(n) for n in shape)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise TypeError(f"shape is {shape!r}; needed four integers (B, H, M, N)") from None
+    if min(B, H, M, N) < 0:
+        raise ValueError(f"shape is {(B, H, M, N)}; needed sizes of at least 0")
+    return Sizes(B, H, H, M, N, 1, 1)
+
+
 def check(
     q: object,
     k: object,
@@ -205,21 +248,12 @@ def check(
     softmax = _instance(normalizer, Softmax, "normalizer", "Softmax()")
     drop = dropout if dropout is None else _instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
     number = check_scale(scale, dot.default_scale(sizes.D))
-    key_at = check_offset(key_offset, "key_offset", sizes.B, sizes.N)
-    if query_offset is not None:
-        query_at = check_offset(query_offset, "query_offset", sizes.B, sizes.M)
-    else:
-        query_at = key_at if sizes.M == sizes.N else 0
-        users = [x for x in (rule, *chain) if x is not None and x.uses_positions] + ([drop] if drop is not None else [])
-        if users and sizes.M != sizes.N:
-            raise ValueError(
-                f"query_offset is None, but {type(users[0]).__name__} uses positions and q has {sizes.M} rows, k {sizes.N}: pass "
-                f"query_offset=0 (first rows aligned) or query_offset={sizes.N - sizes.M} (N - M, last rows aligned)"
-            )
+    users = [x for x in (rule, *chain, drop) if x is not None]
+    query_at, key_at = check_offsets(query_offset, key_offset, sizes, users)
     for user in (rule, *chain):
         if user is not None:
             user.check(sizes, query_at, key_at)
-    return Problem(q4, k4, v4, sizes, rank, q4.dtype.name, rule, chain, softmax, number, query_at, key_at, drop)
+    return Problem(q4, k4, v4, sizes, rank, q4.dtype.name, rule, chain, dot, softmax, number, query_at, key_at, drop)
 
 
 def _instance(x: Any, kind: Any, name: str, example: str) -> Any:

@@ -15,11 +15,10 @@ from attn_numba.cpu.dropout import dropout_parameters, emit_dropout
 from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_tile, settled, structure, words
 from attn_numba.cpu.vectors import DOUBLE, FLOAT
 from attn_numba.problem import Problem
-from attn_numba.rules.base import MaskFormula, Places
-from attn_numba.rules.formula import Binder, Node, cast, symbol
+from attn_numba.rules import SYMBOLS, MaskFormula
+from attn_numba.rules.formula import Binder, Node, cast, lift, symbol
 
 KEPT = 64  # bound rules kept for calls that repeat; each holds the arrays of its rules
-SYMBOLS = Places(*(symbol(name) for name in Places._fields))
 
 
 class Bound(NamedTuple):
@@ -114,7 +113,7 @@ def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Nod
         excluded = modifier.exclusion(SYMBOLS, problem.sizes, binder)
         if excluded is not None:
             # Whether a whole tile is excluded is not asked: certainly allowed never, possibly allowed always.
-            kept = MaskFormula(~excluded, cast(False, "bool"), cast(True, "bool"))
+            kept = MaskFormula(~excluded, lift(False), lift(True))
             mask = kept if mask is None else MaskFormula(*(a & b for a, b in zip(mask, kept, strict=True)))
     return mask, score
 

@@ -76,6 +76,11 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     del keep
 
 
+def prepare(dtype: str) -> None:
+    """Compile the worker of a dtype, or load it from the disk cache."""
+    compile_worker(unit_of(dtype, False).worker)
+
+
 def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call, int, list]:
     q, k, v = problem.q, problem.k, problem.v
     B, H, Hk, M, N, D, E = problem.sizes

@@ -105,6 +105,15 @@ def _layer_is_reentrant() -> bool:
     return bool(numba.threading_layer() != "workqueue")
 
 
+def pool_layer() -> tuple[str, str]:
+    """Return what several workers run on, and why."""
+    if attn_numba._pool_is_inherited:
+        return "Python threads", "Numba's pool may belong to a parent process"
+    if not _layer_is_reentrant():
+        return "Python threads", "Numba's workqueue layer cannot be entered twice"
+    return numba.threading_layer(), "Numba's threading layer"
+
+
 def pool_is_safe() -> bool:
     """Whether Numba's own threads may be entered in this process: not in a forked child, not with the workqueue layer.
 

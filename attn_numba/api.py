@@ -1,0 +1,348 @@
+"""The public functions: signatures, documentation, and the choice of a backend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import time
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+
+from attn_numba import problem as problems
+from attn_numba.parallel import thread_count
+from attn_numba.partition import merge
+from attn_numba.problem import ACCUMULATORS, Problem
+from attn_numba.rules import as_mask, places_of
+
+__all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
+
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+NO_CUDA = "the CUDA kernels are not part of this version"
+RESULTS = {
+    (True, False): namedtuple("Attention", ("out", "lse")),  # noqa: PYI024  typed in the docstring
+    (False, True): namedtuple("Attention", ("out", "weights")),  # noqa: PYI024
+    (True, True): namedtuple("Attention", ("out", "lse", "weights")),  # noqa: PYI024
+}
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    modifiers: Any = (),
+    score: Any = None,
+    normalizer: Any = None,
+    scale: float | None = None,
+    query_offset: Any = None,
+    key_offset: Any = 0,
+    dropout: Any = None,
+    backend: str = "auto",
+    stream: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Any:
+    """Return the attention of queries over keys and values.
+
+    Parameters
+    ----------
+    q : array (B, H, M, D)
+        Queries: float64, float32, float16 or bfloat16. Missing leading axes count as 1. Any strides.
+    k : array (B, Hk, N, D)
+        Keys, of q's dtype; `H` is a multiple of `Hk`, and query head h reads key head ``h // (H // Hk)``.
+    v : array (B, Hk, N, E)
+        Values, of q's dtype.
+    mask : mask rule or bool array that broadcasts to (B, H, M, N), optional
+        Which keys a query may attend to, True = may; masks join with ``& | ~``. Without it, all.
+    modifiers : modifier or sequence of modifiers, optional
+        Applied to the scores in this order.
+    score : Dot, optional
+        Score of a query and a key.
+    normalizer : Softmax, optional
+        Makes weights of the scores of a row; may hold a sink.
+    scale : float, optional
+        Factor of the scores; without it ``1 / sqrt(D)``.
+    query_offset, key_offset : int or int array (B,), optional
+        Position of query row 0 and of key row 0. A `query_offset` of None is `key_offset` when ``M == N``.
+    dropout : Dropout, optional
+        Zeroes weights at random, after the normalizer.
+    backend : {"auto", "reference", "cpu", "cuda"}
+        Who computes; "auto" is the CPU for arrays in host memory. A named backend runs or raises.
+    stream : optional
+        For device arrays only.
+    out : array (B, H, M, E), optional
+        Where to write the result; must not overlap an input.
+    return_lse, return_weights : bool
+        What to return beside the output.
+
+    Returns
+    -------
+    out : array (B, H, M, E)
+        In the dtype and rank of `q`. With `return_lse` or `return_weights`, a named tuple of (out, lse, weights), only those asked for:
+    lse : array (B, H, M)
+        ``log sum_j exp(s_ij)`` over the allowed keys and the sink, natural; float64 for float64, else float32.
+    weights : array (B, H, M, N)
+        Before dropout; in the dtype of `lse`.
+
+    Raises
+    ------
+    TypeError
+        For arguments of the wrong kind, such as a float mask.
+    ValueError
+        For shapes and values that do not fit; and where a rule uses positions, ``M != N`` and `query_offset` is None.
+    NotImplementedError
+        For what the backend does not offer.
+
+    Notes
+    -----
+    ``s_ij = q_i . k_j * scale``, then the modifiers, then the mask; ``w_ij = exp(s_ij - lse_i)``; ``out_i = sum_j w_ij v_j``. A key that
+    is not allowed is not there: NaN or infinity in it changes nothing. A query with no allowed key gets 0, and lse minus infinity.
+
+    References
+    ----------
+    A. Vaswani et al. (2017), "Attention is all you need", section 3.2. T. Dao (2023), "FlashAttention-2".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import attn_numba as an
+    >>> q = k = np.zeros((3, 4))
+    >>> v = np.array([[1.0], [2.0], [6.0]])
+    >>> an.attention(q, k, v, mask=an.Causal()).ravel()
+    array([1. , 1.5, 3. ])
+    """
+    name = _backend(backend, q, k, v)
+    if stream is not None:
+        raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
+    call = problems.check(
+        q, k, v, mask=mask, modifiers=modifiers, score=score, normalizer=normalizer, scale=scale, query_offset=query_offset,
+        key_offset=key_offset, dropout=dropout,
+    )  # fmt: skip
+    target = None if out is None else problems.check_out(out, call)
+    run = _on_reference if name == "reference" else _on_cpu
+    result, lse, weights = run(call, target, return_lse, return_weights)
+    if out is not None:
+        result = out
+    else:
+        result = _ranked(result, call.rank)
+    if not (return_lse or return_weights):
+        return result
+    found = [result]
+    if return_lse:
+        found.append(_ranked(lse, call.rank - 1))
+    if return_weights:
+        found.append(_ranked(weights, call.rank))
+    return RESULTS[return_lse, return_weights](*found)
+
+
+def _ranked(array: Any, rank: int) -> Any:
+    """Without the leading axes of size 1 that `check` put in front."""
+    return array.reshape(array.shape[array.ndim - rank :]) if array.ndim > rank else array
+
+
+def _backend(backend: str, *arrays: Any) -> str:
+    """Return who computes: "reference" or "cpu"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; needed one of {', '.join(map(repr, BACKENDS))}")
+    on_device = [problems.is_device_array(x) for x in arrays]
+    if any(on_device) and not all(on_device):
+        where = ", ".join(f"{n} on a {'GPU' if d else 'host'}" for n, d in zip("qkv", on_device, strict=True))
+        raise TypeError(f"q, k, v are in different places: {where}; needed one place for all three")
+    if any(on_device) or backend == "cuda":
+        raise NotImplementedError(f"backend 'cuda' cannot run: {NO_CUDA}; arrays in host memory run on 'cpu' and 'reference'")
+    if backend == "auto":
+        return "cpu"
+    return backend
+
+
+def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:
+    try:
+        from attn_numba.cpu.engine import attention as compute
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
+            raise
+        raise NotImplementedError(f"backend 'cpu' needs numba, which is not installed; 'reference' runs without: {error}") from error
+    s = call.sizes
+    if out is None:
+        out = np.empty((s.B, s.H, s.M, s.E), call.q.dtype)
+    lse = np.empty((s.B, s.H, s.M), call.accumulator) if return_lse else None
+    weights = np.zeros((s.B, s.H, s.M, s.N), call.accumulator) if return_weights else None
+    if s.B and s.M:
+        compute(call, out, lse, weights)
+    return out, lse, weights
+
+
+def _on_reference(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:
+    from attn_numba import reference
+
+    found = reference.attention(
+        call.q, call.k, call.v, mask=call.mask, modifiers=call.modifiers, score=call.score, normalizer=call.normalizer,
+        scale=call.scale, query_offset=call.query_offset, key_offset=call.key_offset, dropout=call.dropout, return_lse=True,
+        return_weights=True,
+    )  # fmt: skip
+    if out is None:
+        return tuple(found)
+    out[...] = found.out
+    return (out, *found[1:])
+
+
+def mask_array(mask: Any, shape: tuple[int, int, int, int], query_offset: Any = None, key_offset: Any = 0) -> np.ndarray:
+    """Return a mask as an array.
+
+    Parameters
+    ----------
+    mask : mask rule, bool array or None
+        As `attention` takes it.
+    shape : (B, H, M, N)
+        Sequences, query heads, queries, keys.
+    query_offset, key_offset : int or int array (B,), optional
+        As `attention` takes them.
+
+    Returns
+    -------
+    bool array (B, H, M, N)
+        True where the query may attend to the key.
+
+    Raises
+    ------
+    TypeError
+        If the mask is no mask.
+    ValueError
+        If it does not fit the shape, or needs a query offset.
+
+    Examples
+    --------
+    >>> import attn_numba as an
+    >>> an.mask_array(an.Causal(), (1, 1, 2, 3), query_offset=1)[0, 0].astype(int)
+    array([[1, 1, 0],
+           [1, 1, 1]])
+    """
+    sizes = problems.check_shape(shape)
+    rule = as_mask(mask)
+    query_at, key_at = problems.check_offsets(query_offset, key_offset, sizes, () if rule is None else (rule,))
+    if rule is None:
+        return np.ones(tuple(shape), bool)
+    rule.check(sizes, query_at, key_at)
+    return np.array(np.broadcast_to(rule.evaluate(places_of(sizes, query_at, key_at), sizes), tuple(shape)))
+
+
+def warmup(dtypes: Any = ("float32",)) -> dict[str, float]:
+    """Compile the CPU kernels, or load them from the disk cache, before the first call needs them.
+
+    Parameters
+    ----------
+    dtypes : str or sequence of str
+        Of float64, float32, float16, bfloat16.
+
+    Returns
+    -------
+    dict of str to float
+        Seconds for each dtype.
+
+    Raises
+    ------
+    ValueError
+        If a dtype is not one of the four.
+
+    Examples
+    --------
+    >>> import attn_numba as an
+    >>> list(an.warmup("float32"))
+    ['float32']
+    """
+    names = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+    for name in names:
+        if name not in ACCUMULATORS:
+            raise ValueError(f"dtypes has {name!r}; needed float64, float32, float16 or bfloat16")
+    from attn_numba.cpu.engine import prepare
+
+    seconds = {}
+    for name in names:
+        start = time.perf_counter()
+        prepare(name)
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """Return for each backend whether it can run here, and why not.
+
+    Returns
+    -------
+    dict of str to (bool, str)
+        Availability and reason.
+
+    Examples
+    --------
+    >>> import attn_numba as an
+    >>> an.backends()["reference"]
+    (True, 'plain NumPy')
+    """
+    found = {"reference": (True, "plain NumPy")}
+    if importlib.util.find_spec("numba") is None:
+        found["cpu"] = (False, "numba is not installed")
+    else:
+        from attn_numba.cpu.target import target
+
+        found["cpu"] = (True, f"{target().name}, {target().vectors}")
+    found["cuda"] = (False, NO_CUDA)
+    return found
+
+
+def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
+    """Return all settings in force, each with where it comes from.
+
+    Returns
+    -------
+    dict of str to dict of str to (value, str)
+        Sections "versions", "processor", "threads", "cache", "backends".
+
+    Examples
+    --------
+    >>> import attn_numba as an
+    >>> sorted(an.config_report())
+    ['backends', 'cache', 'processor', 'threads', 'versions']
+    """
+    report: dict[str, dict[str, tuple[Any, str]]] = {"versions": _versions(), "threads": {"count": thread_count()}}
+    available = backends()
+    report["backends"] = {name: (yes, reason) for name, (yes, reason) in available.items()}
+    report["processor"] = {"machine": (platform.machine(), "platform")}
+    report["cache"] = {}
+    if available["cpu"][0]:
+        from attn_numba.cpu.launch import cache_folder, pool_layer
+        from attn_numba.cpu.target import target
+
+        source = "NUMBA_CPU_NAME" if os.environ.get("NUMBA_CPU_NAME") else "the host, as LLVM knows it"
+        found = target()
+        report["processor"] |= {
+            "name": (found.name, source),
+            "vectors": (found.vectors, "what the compiler emits for it"),
+            "register tile": (f"{found.tile_rows} rows x 3 vectors", "vector registers"),
+            "bfloat16 dot product": (found.bfloat_dot, "what the compiler emits for it"),
+            "float16 conversion": (found.half, "what the compiler emits for it"),
+        }
+        report["threads"]["layer"] = pool_layer()
+        report["cache"]["folder"] = cache_folder()
+    return report
+
+
+def _versions() -> dict[str, tuple[Any, str]]:
+    import attn_numba
+
+    found: dict[str, tuple[Any, str]] = {
+        "attn_numba": (attn_numba.__version__, os.path.dirname(attn_numba.__file__)),
+        "python": (platform.python_version(), sys.executable),
+    }
+    for name in ("numpy", "numba", "llvmlite", "scipy"):
+        try:
+            found[name] = (importlib.metadata.version(name), "installed package")
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = (None, "not installed")
+    return found

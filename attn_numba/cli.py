@@ -1,0 +1,345 @@
+"""The command ``attn-numba``: what is here, one call on files, backends side by side, timings, compiling ahead.
+
+Exit codes: 0 done, 1 a comparison failed, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import attn_numba as an
+from attn_numba import files
+from attn_numba.job import Job, RuleSet
+
+__all__ = ["main"]
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+PIECE_FLOP = 2**35
+"""Operations of a piece of `run`, about a third of a second on one core; less than two pieces show no bar."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The words after the command's name; those of the process if left out.
+
+    Returns
+    -------
+    int
+        0 done, 1 a comparison failed, 2 bad usage or input, 130 interrupted.
+
+    Examples
+    --------
+    >>> main(["run", "missing.npz", "-o", "out.npy"])
+    2
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        print("attn-numba: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has gone: nothing more may be written, not even by the interpreter as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
+        if arguments.traceback:
+            raise
+        print(f"attn-numba: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    sections = dict(an.config_report())
+    states = {name: ("yes" if available else "no", reason) for name, (available, reason) in an.backends().items()}
+    for section, settings in (sections | {"backends": states}).items():
+        print(section)
+        width = max(len(setting) for setting in settings)
+        for setting, (value, source) in settings.items():
+            print(f"  {setting:<{width}}  {value}" + (f"  ({source})" if source else ""))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    output = files.check_output(arguments.output, arguments.force)
+    job = _job(arguments)
+    wanted = [name for name in ("lse", "weights") if getattr(arguments, name)]
+    files.check_contents(output, {"out": job.q.dtype} | dict.fromkeys(wanted, np.dtype(np.float32)))
+    sizes = job.problem.sizes
+    pieces = job.pieces(PIECE_FLOP // (2 * (sizes.D + sizes.E)))
+    with _threads(arguments), _progress(arguments, "attention", job.pairs if len(pieces) > 1 else 0) as advance:
+        attention = partial(an.attention, backend=arguments.backend)
+        results = job.run(attention, pieces, advance, lse=arguments.lse, weights=arguments.weights)
+    files.write_arrays(output, results, arguments.force)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from attn_numba.comparison import compare_backends
+
+    job = _job(arguments) if arguments.inputs else Job(*_random_arrays(arguments), _rules(arguments))
+    rows, failed, reference_seconds = [], False, float("nan")
+    with _threads(arguments):
+        for backend, agreement, seconds, reason in compare_backends(
+            job, arguments.repeat, partial(_progress, arguments)
+        ):
+            if agreement is None:
+                rows.append((backend, f"skipped: {reason}", "", "", ""))
+                continue
+            if backend == "reference":
+                reference_seconds = seconds
+            failed |= not agreement.passed
+            verdict = f"{agreement.difference:.1e}" + ("" if agreement.passed else " FAILED")
+            ratio = f"{reference_seconds / seconds:.1f}"
+            rows.append((backend, verdict, f"{agreement.tolerance:.1e}", f"{1e3 * seconds:.3f}", ratio))
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in zip("qkv", (job.q, job.k, job.v), strict=True))
+    columns = ("backend", "largest difference", "allowed", "ms", "reference / this")
+    _print_table(f"{job.q.dtype.name}; {shapes}", columns, rows)
+    return FAILED if failed else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from attn_numba.comparison import check_workload, contenders, time_call
+    from attn_numba.cpu.tiles import peak_rate
+    from attn_numba.parallel import thread_count
+    from attn_numba.workloads import WORKLOADS, named_dtype
+
+    names = arguments.workloads or list(WORKLOADS)
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        raise ValueError(f"unknown workload {unknown[0]}; known are {', '.join(WORKLOADS)}")
+    dtype, failed, rows = named_dtype(arguments.dtype), False, []
+    with _threads(arguments):
+        peak = peak_rate(dtype) * thread_count()[0]
+        for workload in (WORKLOADS[name].small() if arguments.small else WORKLOADS[name] for name in names):
+            arrays = workload.arrays(dtype)
+            for name, call in contenders(workload, arrays).items():
+                if isinstance(call, str):
+                    rows.append((workload.name, name, "", "", "", f"skipped: {call}", ""))
+                    continue
+                agreement = check_workload(workload, arrays, call())
+                failed |= not agreement.passed
+                seconds = time_call(call, arguments.repeat if name != "reference" else 1)
+                rate = workload.flop / seconds
+                share = f"{rate / peak:.2f}" if name == "cpu" else ""
+                verdict = f"{agreement.difference:.1e}" + ("" if agreement.passed else " FAILED")
+                numbers = (f"{1e3 * seconds:.3f}", f"{rate / 1e9:.1f}", share)
+                rows.append((workload.name, name, *numbers, verdict, f"{agreement.tolerance:.1e}"))
+    columns = ("workload", "what", "ms", "GFLOP/s visible", "of tile's peak", "largest difference", "allowed")
+    _print_table(f"{dtype.name}, fastest of {arguments.repeat}", columns, rows)
+    return FAILED if failed else 0
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    for dtype, seconds in an.warmup(dtypes=tuple(arguments.dtypes)).items():
+        print(f"{dtype}: {seconds:.2f} s")
+    return 0
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    """Return the call that the command line describes, its arrays mapped from files."""
+    paths, names = arguments.inputs, arguments.names
+    if len(paths) == 3:
+        return Job(*(files.read_array(path) for path in paths), rules=_rules(arguments))
+    if len(paths) != 1:
+        raise ValueError(
+            f"inputs are one file that holds q, k and v or three files with one each, not {len(paths)} files"
+        )
+    arrays = files.read_arrays(paths[0], names)
+    return Job(*(arrays[name] for name in names), rules=_rules(arguments))
+
+
+def _rules(arguments: argparse.Namespace) -> RuleSet:
+    grid, neighborhood = arguments.grid, arguments.neighborhood
+    if (grid is None) != (neighborhood is None):
+        raise ValueError("--neighborhood and --grid go together, as in --grid 64x64 --neighborhood 13x13")
+    return RuleSet(
+        causal=arguments.causal,
+        window=None if arguments.window is None else tuple(arguments.window),
+        neighborhood=None if grid is None else (grid, neighborhood),
+        padding_lengths=_numbers(arguments.padding_lengths, int),
+        prefix_lengths=_numbers(arguments.prefix_lengths, int),
+        documents=_array(arguments.documents),
+        mask=_array(arguments.mask),
+        soft_cap=arguments.soft_cap,
+        bias=_array(arguments.bias),
+        alibi_slopes=_numbers(arguments.alibi_slopes, float),
+        sink=arguments.sink,
+        scale=arguments.scale,
+        query_offset=arguments.query_offset,
+        key_offset=arguments.key_offset,
+    )
+
+
+def _numbers(text: str | None, kind: type) -> np.ndarray | None:
+    """Return the numbers of ``3,5,8`` or of the file of that name."""
+    if text is None or Path(text).suffix in files.SUFFIXES:
+        return _array(text)
+    try:
+        return np.array([kind(part) for part in text.split(",")])
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither numbers joined by commas nor a file ({', '.join(files.SUFFIXES)})"
+        ) from None
+
+
+def _array(path: str | None) -> np.ndarray | None:
+    return None if path is None else files.read_array(path)
+
+
+def _sizes_by_x(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 64x64") from None
+
+
+def _random_arrays(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from attn_numba.workloads import named_dtype
+
+    B, H, Hk, M, N, D, E = arguments.sizes
+    dtype, random = named_dtype(arguments.dtype), np.random.default_rng(arguments.seed)
+    q, k, v = (random.standard_normal(shape).astype(dtype) for shape in ((B, H, M, D), (B, Hk, N, D), (B, Hk, N, E)))
+    return q, k, v
+
+
+def _threads(arguments: argparse.Namespace) -> AbstractContextManager[object]:
+    return nullcontext() if arguments.threads is None else an.threads(arguments.threads)
+
+
+def _progress(arguments: argparse.Namespace, label: str, pairs: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Return a progress bar, or nothing where none is wanted or can be drawn."""
+    try:
+        from attn_numba.integrations.tqdm import progress_bar
+    except ImportError:
+        return nullcontext(lambda pairs: None)
+    return progress_bar(label, pairs, hidden=arguments.quiet or pairs == 0)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from attn_numba.integrations.rich import print_table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        print(title)
+        for first, *others in (columns, *rows):
+            cells = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
+            print("  ".join((first.ljust(widths[0]), *cells)).rstrip())
+    else:
+        print_table(title, columns, rows)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attn-numba", description="Attention without PyTorch: a NumPy reference and Numba kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"attn-numba {an.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=command)
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        return sub
+
+    add("info", _info, "versions, CPU features, threads, cache folder, GPU: every setting and where it comes from")
+
+    run = add("run", _run, "compute attention of q, k, v from files into a file")
+    _add_inputs(run, "+")
+    _add_rules(run)
+    run.add_argument("-o", "--output", required=True, help="where to write: .npy, or .npz or .safetensors by name")
+    run.add_argument("--force", action="store_true", help="replace the output file if it exists")
+    run.add_argument("--lse", action="store_true", help="also write each query's log of the sum of exponentials")
+    run.add_argument("--weights", action="store_true", help="also write the attention weights (B, H, M, N)")
+    run.add_argument("--backend", default="auto", help="auto, reference, cpu or cuda (default: auto)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    compare = add("compare", _compare, "run every backend here on one input and hold it to the reference")
+    _add_inputs(compare, "*")
+    _add_rules(compare)
+    compare.add_argument(
+        "--sizes",
+        type=int,
+        nargs=7,
+        default=(1, 8, 2, 512, 512, 64, 64),
+        metavar=("B", "H", "Hk", "M", "N", "D", "E"),
+        help="of random input, where no file is given (default: 1 8 2 512 512 64 64)",
+    )
+    compare.add_argument("--dtype", default="float32", choices=DTYPES, help="of random input (default: float32)")
+    compare.add_argument("--seed", type=int, default=0, help="of random input (default: 0)")
+    compare.add_argument("--repeat", type=_positive, default=3, help="runs of which the fastest counts (default: 3)")
+    compare.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    bench = add("bench", _bench, "time the named workloads, each held to the reference first")
+    bench.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="some of the table (default: all)")
+    bench.add_argument("--small", action="store_true", help="at a sixteenth of their length")
+    bench.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: float32)")
+    bench.add_argument("--repeat", type=_positive, default=3, help="runs of which the fastest counts (default: 3)")
+
+    warmup = add("warmup", _warmup, "compile ahead into the cache folder")
+    warmup.add_argument("dtypes", nargs="*", default=["float32"], help=f"of {', '.join(DTYPES)} (default: float32)")
+
+    for sub in (run, compare, bench):
+        sub.add_argument("--threads", type=_positive, help="how many threads compute (default: see info)")
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser, count: str) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs=count,
+        help="one .npz or .safetensors file that holds q, k and v, or three .npy files in that order",
+    )
+    parser.add_argument(
+        "--names",
+        nargs=3,
+        default=("q", "k", "v"),
+        metavar=("Q", "K", "V"),
+        help="of the arrays in one file (default: q k v)",
+    )
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "rules", "a key must be allowed by every mask given; modifiers: ALiBi, bias, cap, in this order"
+    )
+    group.add_argument("--causal", action="store_true", help="keys up to the query's own position")
+    group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys this near; -1: open")
+    group.add_argument("--neighborhood", type=_sizes_by_x, metavar="SIZE", help="nearest keys on a grid, as 13x13")
+    group.add_argument("--grid", type=_sizes_by_x, metavar="SHAPE", help="of --neighborhood, as 64x64")
+    group.add_argument("--padding-lengths", metavar="NUMBERS", help="keys of each sequence: 7,12,9 or a file")
+    group.add_argument(
+        "--prefix-lengths", metavar="NUMBERS", help="causal but for a prefix of each sequence: 7,12,9 or a file"
+    )
+    group.add_argument("--documents", metavar="FILE", help="which document each position belongs to, (B, N)")
+    group.add_argument("--mask", metavar="FILE", help="boolean array that broadcasts to (B, H, M, N); True: may attend")
+    group.add_argument("--alibi-slopes", metavar="NUMBERS", help="one per query head: 0.5,0.25 or a file")
+    group.add_argument("--bias", metavar="FILE", help="added to the scores; broadcasts to (B, H, M, N)")
+    group.add_argument("--soft-cap", type=float, metavar="CAP", help="scores become CAP * tanh(score / CAP)")
+    group.add_argument(
+        "--sink", type=float, metavar="SCORE", help="a score that takes part in every sum and has no value"
+    )
+    group.add_argument("--scale", type=float, help="of the scores (default: 1/sqrt(D))")
+    group.add_argument("--query-offset", type=int, metavar="POSITION", help="of query row 0")
+    group.add_argument("--key-offset", type=int, default=0, metavar="POSITION", help="of key row 0 (default: 0)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)

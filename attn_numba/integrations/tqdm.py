@@ -1,0 +1,32 @@
+"""A progress bar on standard error; needs the package ``tqdm``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+__all__ = ["progress_bar"]
+
+
+@contextmanager
+def progress_bar(label: str, total: int, hidden: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a bar while the block runs, if standard error is a terminal.
+
+    Parameters
+    ----------
+    label : str
+        What stands before the bar.
+    total : int
+        How many query-key pairs there are to do.
+    hidden : bool
+        Draw nothing, terminal or not.
+
+    Yields
+    ------
+    callable
+        Takes the number of pairs done since it was last called.
+    """
+    with tqdm(desc=label, total=total, unit="pair", unit_scale=True, disable=hidden or None, leave=False) as bar:
+        yield bar.update

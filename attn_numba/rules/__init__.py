@@ -1,0 +1,70 @@
+"""Rules: what is computed, written once, as scalar functions and their data.
+
+A rule is used by the reference by broadcasting over arrays, and by the kernels as compiled code made from its
+formula.
+"""
+
+from attn_numba.rules.base import MaskFormula
+from attn_numba.rules.masks import (
+    AllOf,
+    AnyOf,
+    BlockSparse,
+    Causal,
+    CustomMask,
+    Dense,
+    Mask,
+    Neighborhood,
+    Not,
+    Padding,
+    PrefixLM,
+    SameDocument,
+    SlidingWindow,
+    as_mask,
+)
+from attn_numba.rules.modifiers import (
+    ALiBi,
+    Bias,
+    CustomModifier,
+    Dropout,
+    Modifier,
+    ReplaceExcluded,
+    SoftCap,
+    Temperature,
+    as_modifiers,
+)
+from attn_numba.rules.normalizers import Softmax
+from attn_numba.rules.places import SYMBOLS, Places, Sizes, places_of
+from attn_numba.rules.scores import Dot
+
+__all__ = [
+    "SYMBOLS",
+    "ALiBi",
+    "AllOf",
+    "AnyOf",
+    "Bias",
+    "BlockSparse",
+    "Causal",
+    "CustomMask",
+    "CustomModifier",
+    "Dense",
+    "Dot",
+    "Dropout",
+    "Mask",
+    "MaskFormula",
+    "Modifier",
+    "Neighborhood",
+    "Not",
+    "Padding",
+    "Places",
+    "PrefixLM",
+    "ReplaceExcluded",
+    "SameDocument",
+    "Sizes",
+    "SlidingWindow",
+    "SoftCap",
+    "Softmax",
+    "Temperature",
+    "as_mask",
+    "as_modifiers",
+    "places_of",
+]

@@ -1,0 +1,17 @@
+"""The reference: what is right, dense and in NumPy alone.
+
+It needs NumPy and `attn_numba.rules`, nothing else, and knows nothing of tiles, threads or compiled code.
+
+Examples
+--------
+>>> import numpy as np
+>>> from attn_numba import reference
+>>> x = np.eye(2)
+>>> reference.attention(x, x, x, scale=0.0)
+array([[0.5, 0.5],
+       [0.5, 0.5]])
+"""
+
+from attn_numba.reference.forward import attention, merge
+
+__all__ = ["attention", "merge"]

@@ -1,0 +1,346 @@
+"""Attention forward, dense: the specification, to be read from top to bottom.
+
+Letters: `B` sequences, `H` query heads, `Hk` key heads, `M` queries, `N` keys, `D` head size, `E` value size; `b h i
+j` index sequences, query heads, queries and keys.
+
+1. ``s = score(q_i, k_j) * scale``; the modifiers in their order; the mask; the normalizer over the allowed keys;
+   dropout; ``out_i = sum_j w_ij v_j``. Natural logarithms.
+2. A key that is not allowed is *not there*: whatever its score, its K or its V hold, NaN and infinity included, changes
+   nothing. So is a key whose final score is minus infinity, and one that a modifier excludes, whatever follows.
+3. A query with no allowed key gets output 0, weights 0 and ``lse`` minus infinity; with a sink, ``lse`` is the sink.
+4. A NaN or infinity in an allowed place makes the rows that see it NaN or infinite (in V: only its own column of them).
+5. Row i of q is at position ``query_offset + i``, row j of k at ``key_offset + j``.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attn_numba.rules import Dot, Dropout, Sizes, Softmax, as_mask, as_modifiers, places_of
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+FIELDS = ("out", "lse", "weights")
+RESULTS = {
+    fields: namedtuple("Attention", fields)  # type: ignore[misc]
+    for fields in (("out", "lse"), ("out", "weights"), ("out", "lse", "weights"))
+}
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    modifiers: Any = (),
+    score: Any = None,
+    normalizer: Any = None,
+    scale: float | None = None,
+    query_offset: Any = None,
+    key_offset: Any = 0,
+    dropout: Dropout | None = None,
+    compute_dtype: Any = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+) -> Any:
+    """Return the attention of queries over keys and values.
+
+    Parameters
+    ----------
+    q : array (B, H, M, D)
+        Queries. Missing leading axes count as 1.
+    k : array (B, Hk, N, D)
+        Keys; `H` is a multiple of `Hk`, and query head h reads key head ``h // (H // Hk)``.
+    v : array (B, Hk, N, E)
+        Values.
+    mask : mask rule or bool array (B, H, M, N), optional
+        Which keys a query may attend to; without it, all.
+    modifiers : modifier or sequence of modifiers, optional
+        Applied to the scores in this order.
+    score : Dot, optional
+        Score of a query and a key.
+    normalizer : Softmax, optional
+        Makes weights of the scores of a row; may hold a sink.
+    scale : float, optional
+        Factor of the scores; without it ``1 / sqrt(D)``.
+    query_offset, key_offset : int or int array (B,), optional
+        Position of query row 0 and of key row 0. A `query_offset` of None is `key_offset` when ``M == N``.
+    dropout : Dropout, optional
+        Zeroes weights at random, after the normalizer.
+    compute_dtype : dtype or str, optional
+        Precision to compute in, to see what it loses; float64 if not given. With float16 and bfloat16 the inputs and,
+        before they meet V, the weights are rounded to it, and sums are in float32.
+    return_lse, return_weights : bool
+        What to return beside the output.
+
+    Returns
+    -------
+    out : array (B, H, M, E)
+        In the dtype and rank of `q`.
+    lse : array (B, H, M)
+        ``log sum_j exp(s_ij)`` over the allowed keys and the sink; float64 for float64 inputs, else float32.
+    weights : array (B, H, M, N)
+        Before dropout; in the dtype of `lse`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong kind.
+    ValueError
+        If shapes do not fit, the scale is NaN, or a rule uses positions and the query offset is unclear.
+
+    Notes
+    -----
+    ``w_ij = exp(s_ij - lse_i)`` and ``out_i = sum_j w_ij v_j``, both over the allowed keys of row i.
+
+    References
+    ----------
+    A. Vaswani et al. (2017), "Attention is all you need", section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from attn_numba.rules import Causal
+    >>> q = k = np.zeros((3, 4))
+    >>> v = np.array([[1.0], [2.0], [6.0]])
+    >>> attention(q, k, v, mask=Causal()).ravel()
+    array([1. , 1.5, 3. ])
+    """
+    q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
+    sizes = _sizes(q, k, v)
+    mask, modifiers = as_mask(mask), as_modifiers(modifiers)
+    score = _instance("score", score, Dot)
+    normalizer = _instance("normalizer", normalizer, Softmax)
+    rules = (*modifiers, *([mask] if mask is not None else []))
+    positional = any(rule.uses_positions for rule in rules) or dropout is not None
+    query_offset, key_offset = _offsets(query_offset, key_offset, sizes, positional)
+    for rule in rules:
+        rule.check(sizes, query_offset, key_offset)
+    places = places_of(sizes, query_offset, key_offset)
+    precision = _Precision.of(compute_dtype)
+
+    # Arrays with all four axes, and one key head for each query head.
+    shared = sizes.H // sizes.Hk
+    queries = precision.inputs(q).reshape(sizes.B, sizes.H, sizes.M, sizes.D)
+    keys = precision.inputs(k).reshape(sizes.B, sizes.Hk, sizes.N, sizes.D).repeat(shared, axis=1)
+    values = precision.inputs(v).reshape(sizes.B, sizes.Hk, sizes.N, sizes.E).repeat(shared, axis=1)
+
+    with np.errstate(all="ignore"):  # excluded places may hold anything
+        s = (queries @ keys.swapaxes(2, 3)) * precision.number(_scale(scale, score, sizes))
+        allowed = np.ones(s.shape, np.bool_)
+        for modifier in modifiers:
+            s = modifier.evaluate(s, places, sizes)
+            excluded = modifier.excluded(places, sizes)
+            if excluded is not None:
+                allowed &= ~excluded
+        if mask is not None:
+            allowed &= mask.evaluate(places, sizes)
+        allowed &= s != -np.inf
+
+        sink = normalizer.sink_array(sizes)
+        weights, lse = _softmax(s, allowed, None if sink is None else sink.astype(s.dtype)[:, :, None])
+        used = weights
+        if dropout is not None:
+            kept = dropout.kept(places, sizes)
+            used = np.where(kept, weights / precision.number(1 - dropout.rate), precision.number(0))
+        out = _weighted_sum(precision.rounded(used), values, allowed)
+
+    accumulator = np.float64 if q.dtype == np.float64 else np.float32
+    found = {
+        "out": out.reshape(*q.shape[:-1], sizes.E).astype(q.dtype),
+        "lse": lse.reshape(q.shape[:-1]).astype(accumulator),
+        "weights": weights.reshape(*q.shape[:-1], sizes.N).astype(accumulator),
+    }
+    asked = tuple(name for name, wanted in zip(FIELDS, (True, return_lse, return_weights), strict=True) if wanted)
+    return found["out"] if asked == ("out",) else RESULTS[asked](**{name: found[name] for name in asked})
+
+
+def _softmax(s: np.ndarray, allowed: np.ndarray, sink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights and the logarithm of the sum, over the allowed keys; `sink` (B, H, 1) is one more key."""
+    greatest = np.where(allowed, s, -np.inf).max(axis=-1, initial=-np.inf).astype(s.dtype)
+    if sink is not None:
+        greatest = np.maximum(greatest, sink)
+    shift = np.where(greatest == -np.inf, 0, greatest).astype(s.dtype)  # a row with no key at all
+    powers = np.where(allowed, np.exp(s - shift[..., None]), 0).astype(s.dtype)
+    total = powers.sum(axis=-1)
+    if sink is not None:
+        total = total + np.exp(sink - shift)
+    return np.where(allowed, powers / total[..., None], 0).astype(s.dtype), shift + np.log(total)
+
+
+def _weighted_sum(weights: np.ndarray, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Return ``sum_j w_ij v_j`` over the allowed keys only: 0 times an excluded NaN is not part of it."""
+    finite = np.isfinite(values)
+    out = weights @ np.where(finite, values, 0)
+    others = np.where(finite, 0, values)
+    for j in np.flatnonzero(~finite.all(axis=(0, 1, 3))):
+        out += np.where(allowed[..., j, None], weights[..., j, None] * others[:, :, None, j], 0)
+    return out
+
+
+def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Any:
+    """Return the whole of partial results over disjoint sets of keys.
+
+    Parameters
+    ----------
+    outs : sequence of arrays (B, H, M, E)
+        Outputs of the parts, computed with the positions of the whole and without a sink.
+    lses : sequence of arrays (B, H, M)
+        Their ``lse``; minus infinity where a part has no key for a query.
+    sink : float or array, broadcasts to (B, H), optional
+        The sink of the whole.
+
+    Returns
+    -------
+    out : array (B, H, M, E)
+        In the dtype of the parts.
+    lse : array (B, H, M)
+        In the dtype of the parts.
+
+    Raises
+    ------
+    ValueError
+        If there is no part, or shapes do not fit.
+
+    Notes
+    -----
+    ``lse = log sum_p exp(lse_p)`` and ``out = sum_p exp(lse_p - lse) out_p``.
+
+    References
+    ----------
+    T. Dao et al. (2023), "Flash-Decoding for long-context inference".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> out, lse = merge([np.array([[1.0]]), np.array([[3.0]])], [np.zeros(1), np.zeros(1)])
+    >>> out, lse.round(4)
+    (array([[2.]]), array([0.6931]))
+    """
+    outs, lses = [np.asarray(x) for x in outs], [np.asarray(x) for x in lses]
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"outs has {len(outs)} parts, lses {len(lses)}; needed as many of both, and at least one")
+    for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.ndim < 2 or out.ndim > 4:
+            raise ValueError(f"outs[{n}] has shape {out.shape}; needed (B, H, M, E), with or without leading axes")
+        if out.shape != outs[0].shape:
+            raise ValueError(f"outs[{n}] has shape {out.shape}; outs[0] has {outs[0].shape}")
+        if lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"lses[{n}] has shape {lse.shape}; outs[{n}] has {out.shape}: needed all but its last axis"
+            )
+    *lead, rows, value_size = (1,) * (4 - outs[0].ndim) + outs[0].shape
+    parts = np.stack(lses).astype(np.float64).reshape(-1, *lead, rows, 1)
+    partial = np.stack([out.astype(np.float64) for out in outs]).reshape(-1, *lead, rows, value_size)
+    if sink is not None:
+        sizes = Sizes(B=lead[0], H=lead[1], Hk=lead[1], M=rows, N=0, D=1, E=value_size)
+        extra = Softmax(sink).sink_array(sizes)
+        assert extra is not None
+        parts = np.concatenate([parts, np.broadcast_to(extra[None, :, :, None, None], (1, *parts.shape[1:]))])
+        partial = np.concatenate([partial, np.zeros((1, *partial.shape[1:]))])
+    with np.errstate(all="ignore"):
+        weights, lse = _softmax(np.moveaxis(parts, 0, -1), np.moveaxis(parts, 0, -1) != -np.inf, None)
+        weights = np.moveaxis(weights, -1, 0)
+        out = np.where(parts != -np.inf, weights * partial, 0).sum(axis=0)
+    return out.reshape(outs[0].shape).astype(outs[0].dtype), lse.reshape(lses[0].shape).astype(lses[0].dtype)
+
+
+# --- arguments ---
+
+
+class _Precision(NamedTuple):
+    """The precision to compute in: of inputs and weights, and of everything else."""
+
+    name: str
+    accumulator: Any
+
+    @classmethod
+    def of(cls, dtype: Any) -> _Precision:
+        name = "float64" if dtype is None else dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        if name not in DTYPES:
+            raise TypeError(f"compute_dtype is {name}; needed one of {', '.join(DTYPES)}")
+        return cls(name, np.float64 if name == "float64" else np.float32)
+
+    def inputs(self, x: np.ndarray) -> np.ndarray:
+        return self.rounded(x.astype(self.accumulator))
+
+    def number(self, x: float) -> Any:
+        return self.accumulator(x)
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        if self.name == "float16":
+            return x.astype(np.float16).astype(np.float32)
+        return _rounded_to_bfloat16(x) if self.name == "bfloat16" else x
+
+
+def _rounded_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Return float32 numbers with the 8 significant bits of bfloat16, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.where(np.isnan(x), x, rounded)
+
+
+def _sizes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Sizes:
+    shapes = []
+    for name, x, letters in (("q", q, "(B, H, M, D)"), ("k", k, "(B, Hk, N, D)"), ("v", v, "(B, Hk, N, E)")):
+        if x.dtype.name not in DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}; needed one of {', '.join(DTYPES)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}; q has {q.dtype}")
+        if not 2 <= x.ndim <= 4:
+            raise ValueError(f"{name} has {x.ndim} axes; needed 2 to 4, {letters}")
+        shapes.append((1,) * (4 - x.ndim) + x.shape)
+    (B, H, M, D), (Bk, Hk, N, Dk), (Bv, Hv, Nv, E) = shapes
+    if Bk != B:
+        raise ValueError(f"k has {Bk} sequences; q has {B}")
+    if (Bv, Hv, Nv) != (Bk, Hk, N):
+        raise ValueError(f"v has shape {v.shape}; needed {(Bk, Hk, N)} before its last axis, as k has")
+    if D < 1 or E < 1 or Dk != D:
+        raise ValueError(f"q has head size {D}, k {Dk}, v {E}; needed the same for q and k, and at least 1")
+    if H == 0 or Hk == 0:
+        raise ValueError(f"q has {H} heads, k has {Hk}; needed at least 1")
+    if H % Hk:
+        raise ValueError(f"k has {Hk} heads; q has {H}, not a multiple of {Hk}")
+    return Sizes(B, H, Hk, M, N, D, E)
+
+
+def _instance(name: str, given: Any, kind: type) -> Any:
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"{name} is {what}; needed {kind.__name__}()")
+    return given
+
+
+def _scale(scale: Any, score: Dot, sizes: Sizes) -> float:
+    value = score.default_scale(sizes.D) if scale is None else float(scale)
+    if np.isnan(value):
+        raise ValueError("scale is NaN; needed a number")
+    return value
+
+
+def _offsets(query_offset: Any, key_offset: Any, sizes: Sizes, positional: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return both offsets as int arrays, () or (B,)."""
+    if query_offset is None:
+        if positional and sizes.M != sizes.N:
+            raise ValueError(
+                f"query_offset is None, but q has {sizes.M} rows, k has {sizes.N}, and a rule uses positions: give the "
+                f"position of query row 0, usually 0 (both start together) or N - M = {sizes.N - sizes.M} (both end)"
+            )
+        query_offset = key_offset
+    offsets = []
+    for name, given, rows in (("query_offset", query_offset, sizes.M), ("key_offset", key_offset, sizes.N)):
+        offset = np.asarray(given)
+        if offset.dtype.kind not in "iu":
+            raise TypeError(f"{name} has dtype {offset.dtype}; needed integers")
+        if offset.shape not in ((), (sizes.B,)):
+            raise ValueError(f"{name} has shape {offset.shape}; needed an integer, or (B,) = ({sizes.B},)")
+        if offset.size and (offset.min() <= -(2**30) or int(offset.max()) + rows >= 2**30):
+            raise ValueError(f"{name} goes from {offset.min()} to {offset.max()}; positions must stay within 2**30")
+        offsets.append(offset)
+    return offsets[0], offsets[1]
