@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import math
 import operator
+import threading
+from collections.abc import Hashable
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,6 +25,11 @@ ACCUMULATORS = {
     "bfloat16": np.dtype(np.float32),
 }
 POSITION_LIMIT = 2**30
+REMEMBERED = 64  # combinations of rules and sizes that are known to fit; each keeps its rules alive
+REMEMBERED_BYTES = 2**20  # rules with larger arrays are not kept
+
+_fitting: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+_lock = threading.Lock()
 
 
 class Problem(NamedTuple):
@@ -39,11 +49,18 @@ class Problem(NamedTuple):
     query_offset: int | AnyArray  # (B,) int32 if not one number
     key_offset: int | AnyArray
     dropout: Dropout | None
+    key: Hashable  # equal keys: the same rules, sizes, dtype, scale and offsets
 
     @property
     def accumulator(self) -> np.dtype[Any]:
         """dtype of sums, lse and weights."""
         return ACCUMULATORS[self.dtype]
+
+
+@functools.cache
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """Return the name of a dtype; NumPy takes microseconds to make it."""
+    return dtype.name
 
 
 def is_device_array(x: object) -> bool:
@@ -73,7 +90,7 @@ def host_array(x: object, name: str) -> AnyArray:
         array = _converted(np.from_dlpack, x, name)
     else:
         raise TypeError(f"{name} is {type(x).__name__}; needed an array: NumPy's, or one that offers __array__ or DLPack")
-    if array.dtype.name not in ACCUMULATORS:
+    if dtype_name(array.dtype) not in ACCUMULATORS:
         raise TypeError(f"{name} has dtype {array.dtype.name}; needed float64, float32, float16 or bfloat16")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
@@ -250,10 +267,64 @@ def check(
     number = check_scale(scale, dot.default_scale(sizes.D))
     users = [x for x in (rule, *chain, drop) if x is not None]
     query_at, key_at = check_offsets(query_offset, key_offset, sizes, users)
+    dtype = dtype_name(q4.dtype)
+    key = ()
+    if rule is not None or chain or drop is not None:
+        key = _key(rule, chain, drop, sizes, dtype, number, query_at, key_at)
+        _check_rules(key, rule, chain, drop, sizes, query_at, key_at)
+    return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, dot, softmax, number, query_at, key_at, drop, key)
+
+
+def _key(rule: Any, chain: Any, drop: Any, sizes: Sizes, dtype: str, scale: float, query_at: Any, key_at: Any) -> Hashable:
+    return (_identity(rule), *map(_identity, chain), _identity(drop), sizes, dtype, scale, _as_key(query_at), _as_key(key_at))
+
+
+def _identity(rule: Any) -> Hashable:
+    """Rules made of plain numbers are equal by value, others to themselves alone: they stay alive while their id is a key."""
+    if rule is None:
+        return None
+    masks = getattr(rule, "masks", None)
+    if masks is not None:
+        return (type(rule), *map(_identity, masks))
+    if is_dataclass(rule):
+        values = tuple(getattr(rule, f.name) for f in fields(rule))
+        if all(isinstance(x, (int, float)) for x in values):
+            return (type(rule), *values)
+    return id(rule)
+
+
+def _as_key(offset: int | AnyArray) -> Hashable:
+    return offset if isinstance(offset, int) else offset.tobytes()
+
+
+def is_light(rule: Any) -> bool:
+    """Whether a rule may be kept for calls that repeat: its arrays are small."""
+    if isinstance(rule, np.ndarray):
+        return rule.nbytes <= REMEMBERED_BYTES
+    if isinstance(rule, tuple):
+        return all(map(is_light, rule))
+    if is_dataclass(rule):
+        return all(is_light(getattr(rule, f.name)) for f in fields(rule))
+    return is_light(getattr(rule, "masks", ()))
+
+
+def _check_rules(key: Hashable, rule: Any, chain: Any, drop: Any, sizes: Sizes, query_at: Any, key_at: Any) -> None:
+    """Check that the rules fit the call, unless the same ones did before."""
+    with _lock:
+        if key in _fitting:
+            _fitting.move_to_end(key)
+            return
     for user in (rule, *chain):
         if user is not None:
             user.check(sizes, query_at, key_at)
-    return Problem(q4, k4, v4, sizes, rank, q4.dtype.name, rule, chain, dot, softmax, number, query_at, key_at, drop)
+    if drop is not None:
+        drop.keys(sizes)
+    if not is_light((rule, *chain, drop)):
+        return
+    with _lock:
+        _fitting[key] = rule, chain, drop
+        if len(_fitting) > REMEMBERED:
+            _fitting.popitem(last=False)
 
 
 def _instance(x: Any, kind: Any, name: str, example: str) -> Any:

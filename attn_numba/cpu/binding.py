@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import math
 import threading
-from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from attn_numba.cpu.dropout import dropout_parameters, emit_dropout
 from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_tile, settled, structure, words
 from attn_numba.cpu.vectors import DOUBLE, FLOAT
-from attn_numba.problem import Problem
+from attn_numba.problem import Problem, is_light
 from attn_numba.rules import SYMBOLS, MaskFormula
 from attn_numba.rules.formula import Binder, Node, cast, lift, symbol
 
@@ -33,7 +33,7 @@ class Bound(NamedTuple):
     keep: tuple  # arrays the block points into, and the rules
 
 
-_bound: collections.OrderedDict[tuple, Bound] = collections.OrderedDict()
+_bound: collections.OrderedDict[Hashable, Bound] = collections.OrderedDict()
 _compiled: dict[tuple, dict[str, int]] = {}
 _lock = threading.Lock()
 
@@ -42,44 +42,21 @@ def bind(problem: Problem) -> Bound:
     """Return the bound rules of a call, from memory if a like call was bound before."""
     if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale > 0:
         return Bound(0, 0, 0, 0, _NOTHING, problem.scale / math.log(2), ())
-    key = _key(problem)
+    key = problem.key or problem.scale
     with _lock:
         found = _bound.get(key)
-        if found is None:
-            found = _bound[key] = _bind(problem)
+        if found is not None:
+            _bound.move_to_end(key)
+            return found
+        found = _bind(problem)
+        if is_light((problem.mask, *problem.modifiers, problem.dropout)):
+            _bound[key] = found
             if len(_bound) > KEPT:
                 _bound.popitem(last=False)
-        else:
-            _bound.move_to_end(key)
     return found
 
 
 _NOTHING = np.zeros(1, np.int64)
-
-
-def _identity(rule: Any) -> Any:
-    """Rules made of plain numbers are equal by value, others only to themselves (they are kept alive while their id is a key)."""
-    if rule is None:
-        return None
-    if is_dataclass(rule):
-        values = tuple(getattr(rule, f.name) for f in fields(rule))
-        if all(isinstance(x, (int, float, str)) or x is None for x in values):
-            return (type(rule), *values)
-    masks = getattr(rule, "masks", None)
-    if masks is not None:
-        return (type(rule), *map(_identity, masks))
-    return id(rule)
-
-
-def _offset_key(offset: Any) -> Any:
-    return offset if isinstance(offset, int) else offset.tobytes()
-
-
-def _key(problem: Problem) -> tuple:
-    return (
-        _identity(problem.mask), *map(_identity, problem.modifiers), _identity(problem.dropout), problem.sizes, problem.dtype,
-        problem.scale, _offset_key(problem.query_offset), _offset_key(problem.key_offset),
-    )  # fmt: skip
 
 
 def _bind(problem: Problem) -> Bound:

@@ -15,6 +15,7 @@ from attn_numba.cpu.target import target
 from attn_numba.cpu.tiles import BRAIN_FLOAT, HALF_FLOAT, SAME, TILE_ROWS, VECTORS
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
+from attn_numba.rules import Sizes
 
 GROUP_ROWS = 24  # rows that share a strip of scores: whole register tiles of 8 and of 4 rows
 BLOCK_ROWS = 192  # rows of an item, which share the packed keys
@@ -72,7 +73,7 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     unit = unit_of(problem.dtype, problem.dropout is not None)
     call, threads, keep = _plan(problem, unit, bound, out, lse, weights)
     state = call.pack()
-    run(compile_worker(unit.worker), state.ctypes.data, threads)
+    run(compile_worker(unit.worker), _address(state), threads)
     del keep
 
 
@@ -81,53 +82,78 @@ def prepare(dtype: str) -> None:
     compile_worker(unit_of(dtype, False).worker)
 
 
-def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call, int, list]:
-    q, k, v = problem.q, problem.k, problem.v
-    B, H, Hk, M, N, D, E = problem.sizes
+class Layout(NamedTuple):
+    """Tiles, items and workspace of a call: what follows from its sizes alone."""
+
+    threads: int
+    bytes: int  # of one worker's workspace
+    fields: dict[str, int]  # those of `Call`
+
+
+@functools.lru_cache(maxsize=256)
+def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layout:
+    """Return the layout of a call on at most so many threads."""
+    B, H, Hk, M, N, D, E = sizes
     lanes, word = unit.lanes, unit.word
     depth = (D + 1) // 2 if unit.pairs else D
     padded, width = _up(depth, lanes), _up(E, lanes)
     tile = key_tile(unit, padded, width)
     panel = VECTORS * lanes
-    most = tile // panel
 
-    threads = thread_count()[0] if B * H * M * N * (D + E) > SMALL else 1
     group = M if M <= 2 else min(GROUP_ROWS, _up(M, TILE_ROWS))
-    rows = _block_rows(B * Hk, H // Hk, M, group, threads)
+    rows = _block_rows(B * Hk, H // Hk, M, group, most_threads)
     blocks = -(-M // rows)
     served = H // Hk
     set_heads = max(1, min(served, rows // _up(M, group))) if blocks == 1 else 1
     head_sets = -(-served // set_heads)
     items = B * Hk * head_sets * blocks
-    threads = max(1, min(threads, items))
 
     local = set_heads * _up(min(M, rows), group)  # rows of the workspace
     columns = min(tile, _up(N, panel))
-    in_place = (
-        unit.kind == SAME and v.strides[3] == word and E % lanes == 0 and v.strides[2] % word == 0 and not unit.pairs
-    )
-    at, size = {}, 0
     scratch_row = max(padded, 2 * _up(width, 2 * lanes))
-    for name, count in (
-        ("q_at", local * depth * word), ("out_at", local * width * word), ("largest_at", local * word), ("total_at", local * word),
-        ("scores_at", group * tile * word), ("pairs_at", group * tile * 2 if unit.pairs else 0), ("sums_at", panel * word),
-        ("scratch_at", lanes * scratch_row * word), ("keys_at", columns * padded * word), ("values_at", columns * width * word),
-        ("kinds_at", (local // group + 1) * most), ("special_at", 4 * columns), ("seen_at", columns * group),
-    ):  # fmt: skip
-        at[name] = size
+    parts = {
+        "q_at": local * depth * word, "out_at": local * width * word, "largest_at": local * word, "total_at": local * word,
+        "scores_at": group * tile * word, "pairs_at": group * tile * 2 if unit.pairs else 0, "sums_at": panel * word,
+        "scratch_at": lanes * scratch_row * word, "keys_at": columns * padded * word, "values_at": columns * width * word,
+        "kinds_at": (local // group + 1) * (tile // panel), "special_at": 4 * columns, "seen_at": columns * group,
+    }  # fmt: skip
+    found, size = {}, 0
+    for name, count in parts.items():
+        found[name] = size
         size += _up(count, 64)
-    workspace = np.empty(size * threads + 64, np.uint8)
-    start = _up(workspace.ctypes.data, 64)
+    found |= {
+        "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows, "group_rows": group, "key_tile": tile,
+        "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
+        "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
+    }  # fmt: skip
+    return Layout(max(1, min(most_threads, items)), size, found | sizes._asdict())
+
+
+def _address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.__array_interface__["data"][0]
+
+
+def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call, int, list]:
+    q, k, v = problem.q, problem.k, problem.v
+    s = problem.sizes
+    most_threads = thread_count()[0] if s.B * s.H * s.M * s.N * (s.D + s.E) > SMALL else 1
+    in_place = (
+        unit.kind == SAME and v.strides[3] == unit.word and s.E % unit.lanes == 0 and v.strides[2] % unit.word == 0
+    )
+    found = layout(unit, s, most_threads, in_place)
+    workspace = np.empty(found.bytes * found.threads + 64, np.uint8)
     sink = _sink(problem)
     call = Call(
-        items, start, size, B, H, Hk, M, N, D, E,
-        q.ctypes.data, *q.strides, k.ctypes.data, *k.strides, v.ctypes.data, *v.strides, out.ctypes.data, *out.strides,
-        0 if lse is None else lse.ctypes.data, 0 if weights is None else weights.ctypes.data,
-        0 if sink is None else sink.ctypes.data, unit.kind, unit.itemsize,
-        bound.tile, bound.edit, bound.modify, bound.dropout, bound.parameters.ctypes.data,
-        head_sets, set_heads, blocks, rows, group, tile, depth, padded, width, int(in_place), **at, factor=bound.factor,
+        workspace=_up(_address(workspace), 64),
+        q=_address(q), q_b=q.strides[0], q_h=q.strides[1], q_i=q.strides[2], q_d=q.strides[3],
+        k=_address(k), k_b=k.strides[0], k_h=k.strides[1], k_j=k.strides[2], k_d=k.strides[3],
+        v=_address(v), v_b=v.strides[0], v_h=v.strides[1], v_j=v.strides[2], v_e=v.strides[3],
+        out=_address(out), out_b=out.strides[0], out_h=out.strides[1], out_i=out.strides[2], out_e=out.strides[3],
+        lse=_address(lse), weights=_address(weights), sink=_address(sink), tile_hook=bound.tile, edit_hook=bound.edit,
+        modify_hook=bound.modify, dropout_hook=bound.dropout, parameters=_address(bound.parameters), factor=bound.factor,
+        **found.fields,
     )  # fmt: skip
-    return call, threads, [workspace, sink, bound]
+    return call, found.threads, [workspace, sink, bound]
 
 
 def _block_rows(key_heads: int, served: int, M: int, group: int, threads: int) -> int:
@@ -139,7 +165,7 @@ def _block_rows(key_heads: int, served: int, M: int, group: int, threads: int) -
 
 
 def _sink(problem: Problem) -> np.ndarray | None:
-    sink = problem.normalizer.sink_array(problem.sizes)
-    if sink is None:
+    if problem.normalizer.sink is None:
         return None
+    sink = problem.normalizer.sink_array(problem.sizes)
     return np.ascontiguousarray(sink / np.log(2.0), problem.accumulator)
