@@ -17,7 +17,7 @@ from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
 from attn_numba.rules import Sizes
 
-GROUP_ROWS = 24  # rows that share a strip of scores: whole register tiles of 8 and of 4 rows
+GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
 BLOCK_ROWS = 192  # rows of an item, which share the packed keys
 TILE_BYTES = 400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 SMALL = 400_000  # multiply-adds below which a second thread costs more than it gives
@@ -109,13 +109,16 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
     items = B * Hk * head_sets * blocks
 
     local = set_heads * _up(min(M, rows), group)  # rows of the workspace
+    state_rows = _up(group, lanes)
+    states = local // group * state_rows
     columns = min(tile, _up(N, panel))
     scratch_row = max(padded, 2 * _up(width, 2 * lanes))
     parts = {
-        "q_at": local * depth * word, "out_at": local * width * word, "largest_at": local * word, "total_at": local * word,
+        "q_at": local * depth * word, "out_at": local * width * word, "largest_at": states * word, "total_at": states * word,
+        "rows_at": 4 * state_rows * word,
         "scores_at": group * tile * word, "pairs_at": group * tile * 2 if unit.pairs else 0, "sums_at": panel * word,
         "scratch_at": lanes * scratch_row * word, "keys_at": columns * padded * word, "values_at": columns * width * word,
-        "kinds_at": (local // group + 1) * (tile // panel), "special_at": 4 * columns, "seen_at": columns * group,
+        "kinds_at": (local // group + 1) * (tile // lanes), "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
     found, size = {}, 0
     for name, count in parts.items():
@@ -123,6 +126,7 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
         size += _up(count, 64)
     found |= {
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows, "group_rows": group, "key_tile": tile,
+        "state_rows": state_rows,
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip

@@ -33,9 +33,11 @@ call_edit, call_kind, claim = t.call_edit, t.call_kind, t.claim
 exp2, load_number, store_number = t.exp2_number, t.load_number, t.store_number
 vector_length, word_bytes, is_pairs, accumulator = t.vector_length, t.word_bytes, t.is_pairs, t.accumulator
 load_byte, store_byte, load_int32, store_int32 = t.load_byte, t.store_byte, t.load_int32, t.store_int32
-row_largest, row_weights, row_total, row_scale, row_fill = t.row_largest, t.row_weights, t.row_total, t.row_scale, t.row_fill
+row_largest, row_total, row_scale, row_fill = t.row_largest, t.row_total, t.row_scale, t.row_fill
+triples_to_weights, vector_to_weights = t.triples_to_weights, t.vector_to_weights
+advance_rows, gather_totals = t.advance_rows, t.gather_totals
 row_is_finite, interleave, transpose = t.row_is_finite, t.interleave, t.transpose
-score_tile, score_row = t.score_tile, t.score_row
+score_tile_3, score_tile_2, score_tile_1, score_row = t.score_tile_3, t.score_tile_2, t.score_tile_1, t.score_row
 value_tile_3, value_tile_2, value_tile_1 = t.value_tile_3, t.value_tile_2, t.value_tile_1
 value_row_3, value_row_2, value_row_1 = t.value_row_3, t.value_row_2, t.value_row_1
 read_vector, read_half_vector, read_brain_vector = t.read_vector, t.read_half_vector, t.read_brain_vector
@@ -44,7 +46,9 @@ write_vector, write_half_vector, write_brain_vector = t.write_vector, t.write_ha
 write_number, write_half_number, write_brain_number = t.write_number, t.write_half_number, t.write_brain_number
 
 # Numbers may be contracted into multiply-adds and zeros lose their sign; sums are never reordered, NaN and infinity never assumed away.
-compiled = njit(nogil=True, fastmath={"nsz", "contract"}, error_model="numpy")
+options = {"nogil": True, "fastmath": {"nsz", "contract"}, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+compiled = njit(**options)
+inlined = njit(**options, inline="always")  # into their one caller: LLVM then works through the code below them once less
 
 
 @compiled
@@ -117,46 +121,50 @@ def _clear(at, count, unit):
 
 @compiled
 def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
-    """Write NONE, SOME or ALL for each panel of the tile as rows i0 to i1 see it; return 0 if none is seen."""
-    panel = VECTORS * vector_length(unit)
+    """Write NONE, SOME or ALL for each vector of keys of the tile as rows i0 to i1 see it; return 0 if none is seen.
+
+    The question is put for the whole tile, then for panels, then for single vectors, as long as the answer is SOME.
+    """
+    lanes = vector_length(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
     kind = ALL
     if call.tile_hook:
         kind = call_kind(call.tile_hook, b, h, i0, i1, j0, j1, call.parameters)
     seen = 0
-    for p in range((j1 - j0 + panel - 1) // panel):
+    for p in range(0, vectors, VECTORS):
+        first, last = p, min(p + VECTORS, vectors)
         one = kind
         if kind == SOME:
-            first = j0 + p * panel
-            one = call_kind(call.tile_hook, b, h, i0, i1, first, min(first + panel, j1), call.parameters)
-        store_byte(kinds + p, one)
-        seen |= one
+            one = call_kind(call.tile_hook, b, h, i0, i1, j0 + first * lanes, min(j0 + last * lanes, j1), call.parameters)
+        for n in range(first, last):
+            each = one
+            if one == SOME:
+                at = j0 + n * lanes
+                each = call_kind(call.tile_hook, b, h, i0, i1, at, min(at + lanes, j1), call.parameters)
+            store_byte(kinds + n, each)
+            seen |= each
     return seen
 
 
 @compiled
-def _pack_keys(call, space, keys, panel_number, j0, unit):
-    """Transpose the keys of one panel, `lanes` at a time: word d of key n goes to (d, n). Keys beyond the last are zero."""
+def _pack_keys(call, space, keys, number, j0, unit):
+    """Transpose one vector of keys, vector `number` of the tile: word d of key n goes to (d, n) of its panel. Keys beyond the last
+    are zero."""
     lanes, word = vector_length(unit), word_bytes(unit)
     panel = VECTORS * lanes
-    to = space + call.keys_at + panel_number * call.depth_padded * panel * word
+    to = space + call.keys_at + (number // VECTORS * call.depth_padded * panel + number % VECTORS * lanes) * word
     scratch = space + call.scratch_at
     row = call.depth_padded * word
-    whole = (
-        (call.kind == SAME or is_pairs(unit))
-        and call.k_d == call.itemsize
-        and call.D * call.itemsize == row
-    )
-    for part in range(VECTORS):
-        first = j0 + part * lanes
-        source, source_row = keys + first * call.k_j, call.k_j
-        if not whole or first + lanes > call.N:
-            for n in range(lanes):
-                _clear(scratch + n * row, call.depth_padded, unit)
-                if first + n < call.N:
-                    _read_row(scratch + n * row, keys + (first + n) * call.k_j, call.k_d, call.D, call, unit)
-            source, source_row = scratch, row
-        for d in range(0, call.depth_padded, lanes):
-            transpose(unit, source + d * word, source_row, to + (d * panel + part * lanes) * word, panel * word)
+    whole = (call.kind == SAME or is_pairs(unit)) and call.k_d == call.itemsize and call.D * call.itemsize == row
+    source, source_row = keys + j0 * call.k_j, call.k_j
+    if not whole or j0 + lanes > call.N:
+        for n in range(lanes):
+            _clear(scratch + n * row, call.depth_padded, unit)
+            if j0 + n < call.N:
+                _read_row(scratch + n * row, keys + (j0 + n) * call.k_j, call.k_d, call.D, call, unit)
+        source, source_row = scratch, row
+    for d in range(0, call.depth_padded, lanes):
+        transpose(unit, source + d * word, source_row, to + d * panel * word, panel * word)
 
 
 @compiled
@@ -203,37 +211,37 @@ def _find_special(call, space, values, j0, j1, column, count, unit):
 
 @compiled
 def _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
-    """Classify the tile for all groups and pack the panels that any of them sees; return -1 if none does, else the number of
-    special keys."""
-    panel = VECTORS * vector_length(unit)
-    panels = (j1 - j0 + panel - 1) // panel
+    """Classify the tile for all groups and pack the keys that any of them sees; return -1 if none does, else the number of special
+    keys."""
+    lanes = vector_length(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
     kinds = space + call.kinds_at
-    most = call.key_tile // panel
+    most = call.key_tile // lanes
     union = kinds + groups * most
-    for p in range(panels):
-        store_byte(union + p, NONE)
+    for n in range(vectors):
+        store_byte(union + n, NONE)
     seen = 0
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         i1 = min(i0 + call.group_rows, i_end)
         seen |= _classify(call, kinds + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
-        for p in range(panels):
-            store_byte(union + p, load_byte(union + p) | load_byte(kinds + g * most + p))
+        for n in range(vectors):
+            store_byte(union + n, load_byte(union + n) | load_byte(kinds + g * most + n))
     if not seen:
         return -1
     keys = call.k + b * call.k_b + hk * call.k_h
     values = call.v + b * call.v_b + hk * call.v_h
     special = 0
-    for p in range(panels):
-        if load_byte(union + p):
-            first = j0 + p * panel
-            _pack_keys(call, space, keys, p, first, unit)
-            special = _find_special(call, space, values, first, min(first + panel, j1), p * panel, special, unit)
+    for n in range(vectors):
+        if load_byte(union + n):
+            first = j0 + n * lanes
+            _pack_keys(call, space, keys, n, first, unit)
+            special = _find_special(call, space, values, first, min(first + lanes, j1), n * lanes, special, unit)
     if special or not call.values_in_place:
-        for p in range(panels):
-            if load_byte(union + p):
-                first = j0 + p * panel
-                _copy_values(call, space, values, first, min(first + panel, j1), p * panel, unit)
+        for n in range(vectors):
+            if load_byte(union + n):
+                first = j0 + n * lanes
+                _copy_values(call, space, values, first, min(first + lanes, j1), n * lanes, unit)
     return special
 
 
@@ -248,45 +256,73 @@ def _tiled_rows(rows):
 
 
 @compiled
-def _run_end(kinds, p, panels):
-    """The end of the run of panels from p on that have the same kind."""
-    kind = load_byte(kinds + p)
-    p += 1
-    while p < panels and load_byte(kinds + p) == kind:
-        p += 1
-    return p
+def _run_end(kinds, n, vectors):
+    """The end of the run of vectors from n on that have the same kind."""
+    kind = load_byte(kinds + n)
+    n += 1
+    while n < vectors and load_byte(kinds + n) == kind:
+        n += 1
+    return n
+
+
+@compiled
+def _seen_end(kinds, n, vectors):
+    """The end of the run of vectors from n on that are seen."""
+    while n < vectors and load_byte(kinds + n):
+        n += 1
+    return n
+
+
+@compiled
+def _products(call, space, queries, kinds, rows, vectors, unit):
+    """Fill the strip with q . k for the vectors of keys that are seen, a panel at a time."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    panel = VECTORS * lanes
+    length, depth = call.key_tile, call.depth
+    tiled = _tiled_rows(rows)
+    for p in range(0, vectors, VECTORS):
+        first, last = p, min(p + VECTORS, vectors)
+        while first < last and not load_byte(kinds + first):
+            first += 1
+        while first < last and not load_byte(kinds + last - 1):
+            last -= 1
+        if first == last:
+            continue
+        packed = space + call.keys_at + (p * lanes * call.depth_padded + (first - p) * lanes) * word
+        strip = space + call.scores_at + first * lanes * word
+        for r in range(0, tiled, ROWS):
+            a, to = queries + r * depth * word, strip + r * length * word
+            if last - first == 3:
+                score_tile_3(unit, a, depth, packed, panel, to, length, depth)
+            elif last - first == 2:
+                score_tile_2(unit, a, depth, packed, panel, to, length, depth)
+            else:
+                score_tile_1(unit, a, depth, packed, panel, to, length, depth)
+        packed -= (first - p) * lanes * word
+        strip -= (first - p) * lanes * word
+        for r in range(tiled, rows):
+            score_row(unit, queries + r * depth * word, depth, packed, panel, strip + r * length * word, length, depth)
 
 
 @compiled
 def _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit):
-    """Fill the strip of scores: products, minus infinity beyond the last key, then the hooks."""
+    """Fill the strip of scores: products, then the hooks, then minus infinity beyond the last key."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
-    panel = VECTORS * lanes
-    panels = (j1 - j0 + panel - 1) // panel
+    vectors = (j1 - j0 + lanes - 1) // lanes
     strip, length = space + call.scores_at, call.key_tile
-    tiled = _tiled_rows(rows)
-    for p in range(panels):
-        if load_byte(kinds + p):
-            packed = space + call.keys_at + p * call.depth_padded * panel * word
-            for r in range(0, tiled, ROWS):
-                at = strip + (r * length + p * panel) * word
-                score_tile(unit, queries + r * call.depth * word, call.depth, packed, panel, at, length, call.depth)
-            for r in range(tiled, rows):
-                at = strip + (r * length + p * panel) * word
-                score_row(unit, queries + r * call.depth * word, call.depth, packed, panel, at, length, call.depth)
-    p = 0
-    while p < panels:
-        end = _run_end(kinds, p, panels)
-        kind = load_byte(kinds + p)
+    _products(call, space, queries, kinds, rows, vectors, unit)
+    n = 0
+    while n < vectors:
+        end = _run_end(kinds, n, vectors)
+        kind = load_byte(kinds + n)
         hook = call.edit_hook if kind == SOME else call.modify_hook
         if kind != NONE and hook:
-            first, last = j0 + p * panel, min(j0 + end * panel, j1)
-            at = strip + p * panel * word
-            call_edit(hook, at, length, b, h, i0, rows, first, last - first, call.parameters)
-        p = end
+            first, last = j0 + n * lanes, min(j0 + end * lanes, j1)
+            call_edit(hook, strip + n * lanes * word, length, b, h, i0, rows, first, last - first, call.parameters)
+        n = end
     for r in range(rows):
-        for j in range(j1 - j0, panels * panel):
+        for j in range(j1 - j0, vectors * lanes):
             store_number(number, strip + (r * length + j) * word, -np.inf)
 
 
@@ -294,55 +330,70 @@ def _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit):
 def _note_seen(call, space, kinds, rows, special, unit):
     """For each special key, note which rows see it: those whose final score is not minus infinity."""
     number = accumulator(unit)
-    word, panel = word_bytes(unit), VECTORS * vector_length(unit)
+    word, lanes = word_bytes(unit), vector_length(unit)
     for n in range(special):
         column = load_int32(space + call.special_at + 4 * n)
         for r in range(rows):
             seen = 0
-            if load_byte(kinds + column // panel):
+            if load_byte(kinds + column // lanes):
                 score = load_number(number, space + call.scores_at + (r * call.key_tile + column) * word)
                 seen = 0 if score == -np.inf else 1
             store_byte(space + call.seen_at + n * call.group_rows + r, seen)
 
 
 @compiled
-def _softmax(call, space, kinds, local, rows, panels, unit):
+def _row_to_weights(row, weights, sums, kinds, vectors, factor, shift, unit):
+    """Turn a row of scores into weights where keys are seen; vector n adds to the partial sums n modulo 3."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    width = 2 if is_pairs(unit) else word
+    n = 0
+    while n < vectors:
+        end = _seen_end(kinds, n, vectors)
+        while n < end:
+            a, to, total = row + n * lanes * word, weights + n * lanes * width, sums + n % VECTORS * lanes * word
+            if n % VECTORS == 0 and n + VECTORS <= end:
+                whole = (end - n) // VECTORS * VECTORS
+                triples_to_weights(unit, a, to, total, whole * lanes, factor, shift)
+                n += whole
+            else:
+                vector_to_weights(unit, a, to, total, lanes, factor, shift)
+                n += 1
+        n += 1
+
+
+@compiled
+def _softmax(call, space, kinds, g, rows, vectors, unit):
     """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
-    panel = VECTORS * lanes
+    strip, length = space + call.scores_at, call.key_tile
+    state = g * call.state_rows * word
+    tops = space + call.rows_at
+    shifts, shrinks = tops + call.state_rows * word, tops + 2 * call.state_rows * word
+    added = tops + 3 * call.state_rows * word
+    for r in range(rows):
+        top = type(number)(-np.inf)
+        n = 0
+        while n < vectors:
+            end = _seen_end(kinds, n, vectors)
+            if end > n:
+                top = row_largest(number, strip + (r * length + n * lanes) * word, (end - n) * lanes, top)
+            n = end + 1
+        store_number(number, tops + r * word, top)
     factor = type(number)(call.factor)
+    advance_rows(number, tops, space + call.largest_at + state, shifts, shrinks, rows, factor)
     sums = space + call.sums_at
     for r in range(rows):
-        row = space + call.scores_at + r * call.key_tile * word
-        weights = row
-        if is_pairs(unit):
-            weights = space + call.pairs_at + r * call.key_tile * 2
-        width = 2 if is_pairs(unit) else word
-        top = type(number)(-np.inf)
-        p = 0
-        while p < panels:
-            end = _run_end(kinds, p, panels)
-            if load_byte(kinds + p):
-                top = row_largest(number, row + p * panel * word, (end - p) * panel, top)
-            p = end
-        largest = load_number(number, space + call.largest_at + (local + r) * word)
-        new = max(largest, top * factor)
-        shift = new if new > -np.inf else type(number)(0.0)
-        _clear(sums, panel, unit)
-        p = 0
-        while p < panels:
-            end = _run_end(kinds, p, panels)
-            if load_byte(kinds + p):
-                columns = (end - p) * panel
-                row_weights(unit, row + p * panel * word, weights + p * panel * width, sums, columns, factor, shift)
-            p = end
-        shrink = exp2(number, largest - shift)
-        total = load_number(number, space + call.total_at + (local + r) * word) * shrink + row_total(number, sums)
-        store_number(number, space + call.total_at + (local + r) * word, total)
-        store_number(number, space + call.largest_at + (local + r) * word, new)
+        row = strip + r * length * word
+        weights = space + call.pairs_at + r * length * 2 if is_pairs(unit) else row
+        _clear(sums, VECTORS * lanes, unit)
+        _row_to_weights(row, weights, sums, kinds, vectors, factor, load_number(number, shifts + r * word), unit)
+        store_number(number, added + r * word, row_total(number, sums))
+        shrink = load_number(number, shrinks + r * word)
         if shrink != 1.0:
-            row_scale(number, space + call.out_at + (local + r) * call.value_width * word, call.value_width, shrink)
+            out = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
+            row_scale(number, out, call.value_width, shrink)
+    gather_totals(number, space + call.total_at + state, shrinks, added, rows)
 
 
 @compiled
@@ -377,30 +428,27 @@ def _add_values(call, space, weights, values, values_row, out, rows, depth, unit
         e += vectors * lanes
 
 
-@compiled
+@inlined
 def _weighted_values(call, space, values, kinds, local, rows, j0, j1, special, unit):
-    """Add the tile's weighted values to the rows' sums, run by run of panels that are seen."""
+    """Add the tile's weighted values to the rows' sums, run by run of vectors of keys that are seen."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    panel = VECTORS * lanes
-    panels = (j1 - j0 + panel - 1) // panel
+    vectors = (j1 - j0 + lanes - 1) // lanes
     base, row = space + call.values_at, call.value_width
     if call.values_in_place and not special:
         base, row = values + j0 * call.v_j, call.v_j // word
     out = space + call.out_at + local * call.value_width * word
-    p = 0
-    while p < panels:
-        end = p + 1
-        if load_byte(kinds + p):
-            while end < panels and load_byte(kinds + end):
-                end += 1
-            first, last = p * panel, min(end * panel, j1 - j0)
+    n = 0
+    while n < vectors:
+        end = _seen_end(kinds, n, vectors)
+        if end > n:
+            first, last = n * lanes, min(end * lanes, j1 - j0)
             if is_pairs(unit):
                 weights = space + call.pairs_at + first * 2
                 _add_values(call, space, weights, base + first // 2 * row * word, row, out, rows, (last - first + 1) // 2, unit)
             else:
                 weights = space + call.scores_at + first * word
                 _add_values(call, space, weights, base + first * row * word, row, out, rows, last - first, unit)
-        p = end
+        n = end + 1
 
 
 @compiled
@@ -444,23 +492,22 @@ def _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
 
 
 @compiled
-def _reset(call, space, rows, unit):
+def _reset(call, space, groups, unit):
     number = accumulator(unit)
-    word = word_bytes(unit)
-    for r in range(rows):
-        store_number(number, space + call.largest_at + r * word, -np.inf)
-        store_number(number, space + call.total_at + r * word, 0.0)
-        _clear(space + call.out_at + r * call.value_width * word, call.value_width, unit)
+    row_fill(number, space + call.largest_at, groups * call.state_rows, -np.inf)
+    _clear(space + call.total_at, groups * call.state_rows, unit)
+    _clear(space + call.out_at, groups * call.group_rows * call.value_width, unit)
 
 
 @compiled
-def _finish(call, space, b, h, i0, local, rows, unit):
+def _finish(call, space, b, h, i0, g, rows, unit):
     """Add the sink, divide by the total, write the result rows and their lse; leave 1 / total for the weights."""
     number = accumulator(unit)
     word = word_bytes(unit)
     for r in range(rows):
-        largest = load_number(number, space + call.largest_at + (local + r) * word)
-        total = load_number(number, space + call.total_at + (local + r) * word)
+        state = (g * call.state_rows + r) * word
+        largest = load_number(number, space + call.largest_at + state)
+        total = load_number(number, space + call.total_at + state)
         shrink = type(number)(1.0)
         if call.sink:
             sink = load_number(number, call.sink + (b * call.H + h) * word)
@@ -473,39 +520,38 @@ def _finish(call, space, b, h, i0, local, rows, unit):
         if total != 0.0:
             inverse = shrink / total
         out = call.out + b * call.out_b + h * call.out_h + (i0 + r) * call.out_i
-        source = space + call.out_at + (local + r) * call.value_width * word
+        source = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
         _write_row(out, call.out_e, source, call.E, inverse, call, number)
         if call.lse:
             value = type(number)(-np.inf)
             if total != 0.0:
                 value = (largest + np.log2(total)) * type(number)(LN2)
             store_number(number, call.lse + ((b * call.H + h) * call.M + i0 + r) * word, value)
-        store_number(number, space + call.total_at + (local + r) * word, inverse)
+        store_number(number, space + call.total_at + state, inverse)
 
 
 @compiled
-def _write_weights(call, space, kinds, b, h, i0, local, rows, j0, j1, unit):
+def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
     """Write the tile's normalized weights from its scores; places that no row sees are zero already."""
     number = accumulator(unit)
-    word, panel = word_bytes(unit), VECTORS * vector_length(unit)
+    word, lanes = word_bytes(unit), vector_length(unit)
     factor = type(number)(call.factor)
     for r in range(rows):
-        largest = load_number(number, space + call.largest_at + (local + r) * word)
-        inverse = load_number(number, space + call.total_at + (local + r) * word)
+        state = (g * call.state_rows + r) * word
+        largest = load_number(number, space + call.largest_at + state)
+        inverse = load_number(number, space + call.total_at + state)
         if largest == -np.inf:
             continue
         to = call.weights + (((b * call.H + h) * call.M + i0 + r) * call.N + j0) * word
         row = space + call.scores_at + r * call.key_tile * word
-        for p in range((j1 - j0 + panel - 1) // panel):
-            if load_byte(kinds + p):
-                first, last = p * panel, min((p + 1) * panel, j1 - j0)
-                at = row + first * word
-                row_weights(number, at, at, space + call.sums_at, panel, factor, largest)
-                for j in range(first, last):
+        for n in range((j1 - j0 + lanes - 1) // lanes):
+            if load_byte(kinds + n):
+                vector_to_weights(number, row + n * lanes * word, row + n * lanes * word, space + call.sums_at, lanes, factor, largest)
+                for j in range(n * lanes, min((n + 1) * lanes, j1 - j0)):
                     store_number(number, to + j * word, load_number(number, row + j * word) * inverse)
 
 
-@compiled
+@inlined
 def _attend(call, space, item, unit):
     sets = call.B * call.Hk * call.head_sets
     block, rest = call.blocks - 1 - item // sets, item % sets
@@ -519,11 +565,11 @@ def _attend(call, space, item, unit):
     head_groups = (i_end - i_first + call.group_rows - 1) // call.group_rows
     groups = heads * head_groups
 
-    panel = VECTORS * vector_length(unit)
-    most = call.key_tile // panel
+    lanes = vector_length(unit)
+    most = call.key_tile // lanes
     values = call.v + b * call.v_b + hk * call.v_h
     _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
-    _reset(call, space, groups * call.group_rows, unit)
+    _reset(call, space, groups, unit)
     for j0 in range(0, call.N, call.key_tile):
         j1 = min(j0 + call.key_tile, call.N)
         special = _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit)
@@ -537,7 +583,7 @@ def _attend(call, space, item, unit):
             _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
             if special:
                 _note_seen(call, space, kinds, rows, special, unit)
-            _softmax(call, space, kinds, local, rows, (j1 - j0 + panel - 1) // panel, unit)
+            _softmax(call, space, kinds, g, rows, (j1 - j0 + lanes - 1) // lanes, unit)
             if call.dropout_hook:
                 at = space + call.scores_at
                 call_edit(call.dropout_hook, at, call.key_tile, b, h, i0, rows, j0, j1 - j0, call.parameters)
@@ -547,7 +593,7 @@ def _attend(call, space, item, unit):
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         rows = min(call.group_rows, i_end - i0)
-        _finish(call, space, b, h0 + g // head_groups, i0, g * call.group_rows, rows, unit)
+        _finish(call, space, b, h0 + g // head_groups, i0, g, rows, unit)
     if call.weights:
         _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
 
@@ -555,7 +601,7 @@ def _attend(call, space, item, unit):
 @compiled
 def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
     """Compute the scores a second time, now that each row's maximum and total are known, and write the weights."""
-    most = call.key_tile // (VECTORS * vector_length(unit))
+    most = call.key_tile // vector_length(unit)
     for j0 in range(0, call.N, call.key_tile):
         j1 = min(j0 + call.key_tile, call.N)
         if _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit) < 0:
@@ -566,10 +612,10 @@ def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end,
             kinds = space + call.kinds_at + g * most
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
             _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
-            _write_weights(call, space, kinds, b, h, i0, local, rows, j0, j1, unit)
+            _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit)
 
 
-@compiled
+@inlined
 def _work(state, number, unit):
     call = call_of(state)
     space = call.workspace + number * call.workspace_bytes

@@ -62,6 +62,7 @@ class Call(NamedTuple):
     blocks: int  # blocks of query rows in a head
     block_rows: int
     group_rows: int  # rows that share one strip of scores, a multiple of the register tile's rows unless 1 or 2
+    state_rows: int  # group_rows in whole vectors
     key_tile: int  # keys in a tile, a multiple of the panel width
     depth: int  # words in a row of q: D, or pairs
     depth_padded: int  # in whole vectors
@@ -71,13 +72,14 @@ class Call(NamedTuple):
     out_at: int
     largest_at: int  # per row: the largest score so far, times factor
     total_at: int  # per row: the sum of weights so far, in units of 2**largest
+    rows_at: int  # four numbers per row of a group: largest of the tile, shift, shrinkage, sum of the tile
     scores_at: int
     pairs_at: int  # weights as bfloat16, if operands are pairs
     sums_at: int
     scratch_at: int
     keys_at: int
     values_at: int
-    kinds_at: int  # byte (group, panel): NONE, SOME, ALL
+    kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
     factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale

@@ -14,6 +14,7 @@ A *word* below is one operand: 4 or 8 bytes. Rows that are read as vectors are p
 from __future__ import annotations
 
 import functools
+import math
 import time
 
 import llvmlite.ir as ir
@@ -119,7 +120,8 @@ def _tile(rows: int, vectors: int, accumulate: bool):
     return _define(7, emit)
 
 
-score_tile, score_row = _tile(TILE_ROWS, VECTORS, False), _tile(1, VECTORS, False)
+score_tile_3, score_tile_2, score_tile_1 = (_tile(TILE_ROWS, n, False) for n in (3, 2, 1))
+score_row = _tile(1, VECTORS, False)
 value_tile_3, value_tile_2, value_tile_1 = (_tile(TILE_ROWS, n, True) for n in (3, 2, 1))
 value_row_3, value_row_2, value_row_1 = (_tile(1, n, True) for n in (3, 2, 1))
 
@@ -129,33 +131,43 @@ value_row_3, value_row_2, value_row_1 = (_tile(1, n, True) for n in (3, 2, 1))
 
 def _row_largest(v: Vectors, unit, row, columns, start):
     builder = v.builder
-    loop = Loop(builder, columns, VECTORS * v.lanes, [v.splat(start)] * VECTORS)
-    at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
+    step, size = VECTORS * v.lanes, ir.Constant(I64, v.bytes)
+    triples = builder.mul(builder.sdiv(columns, ir.Constant(I64, step)), ir.Constant(I64, step))
+    loop = Loop(builder, triples, step, [v.splat(start)] * VECTORS)
+    at = builder.add(row, builder.mul(loop.index, size))
     new = [v.larger(v.load(at, n * v.lanes * v.bytes), loop.values[n]) for n in range(VECTORS)]
     first, *others = loop.close(new)
     for other in others:
         first = v.larger(first, other)
+    rest = Loop(builder, builder.sub(columns, triples), v.lanes, [first])
+    at = builder.add(row, builder.mul(builder.add(rest.index, triples), size))
+    (first,) = rest.close([v.larger(v.load(at), rest.values[0])])
     return v.fold(first, v.larger)
 
 
-def _row_weights(v: Vectors, unit, row, weights, sums, columns, factor, shift):
-    builder = v.builder
-    factors, shifts = v.splat(factor), v.splat(builder.fneg(shift))
-    step = v.lanes * v.bytes
-    loop = Loop(builder, columns, VECTORS * v.lanes, [v.load(sums, n * step) for n in range(VECTORS)])
-    at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
-    to = builder.add(weights, builder.mul(loop.index, ir.Constant(I64, 2 if unit == types.int32 else v.bytes)))
-    new = []
-    for n in range(VECTORS):
-        weight = v.exp2_nonpositive(v.fma(v.load(at, n * step), factors, shifts))
-        new.append(builder.fadd(loop.values[n], weight))
-        if unit == types.int32:
-            brain = builder.fptrunc(weight, ir.VectorType(BFloat(), v.lanes))
-            v.store(brain, to, n * v.lanes * 2)
-        else:
-            v.store(weight, to, n * step)
-    for n, total in enumerate(loop.close(new)):
-        v.store(total, sums, n * step)
+def _weights(count: int):
+    """Weights of `count` vectors of scores at a time, each with its own vector of partial sums."""
+
+    def emit(v: Vectors, unit, row, weights, sums, columns, factor, shift):
+        builder = v.builder
+        factors, shifts = v.splat(factor), v.splat(builder.fneg(shift))
+        step = v.lanes * v.bytes
+        loop = Loop(builder, columns, count * v.lanes, [v.load(sums, n * step) for n in range(count)])
+        at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
+        to = builder.add(weights, builder.mul(loop.index, ir.Constant(I64, 2 if unit == types.int32 else v.bytes)))
+        new = []
+        for n in range(count):
+            weight = v.exp2_nonpositive(v.fma(v.load(at, n * step), factors, shifts))
+            new.append(builder.fadd(loop.values[n], weight))
+            if unit == types.int32:
+                brain = builder.fptrunc(weight, ir.VectorType(BFloat(), v.lanes))
+                v.store(brain, to, n * v.lanes * 2)
+            else:
+                v.store(weight, to, n * step)
+        for n, total in enumerate(loop.close(new)):
+            v.store(total, sums, n * step)
+
+    return emit
 
 
 def _row_total(v: Vectors, unit, sums):
@@ -183,14 +195,40 @@ def _row_fill(v: Vectors, unit, row, columns, number):
     loop.close([])
 
 
-# largest number of a row of scores and `start`; columns in whole triples of vectors, as below; NaN is passed over
+def _advance_rows(v: Vectors, unit, tops, largest, shifts, shrinks, rows, factor):
+    builder = v.builder
+    loop = Loop(builder, rows, v.lanes, [])
+    offset = builder.mul(loop.index, ir.Constant(I64, v.bytes))
+    old = v.load(largest, offset)
+    new = v.larger(builder.fmul(v.load(tops, offset), v.splat(factor)), old)
+    shift = builder.select(builder.fcmp_ordered(">", new, v.constant(-math.inf)), new, v.constant(0.0))
+    v.store(new, largest, offset)
+    v.store(shift, shifts, offset)
+    v.store(v.exp2_nonpositive(builder.fsub(old, shift)), shrinks, offset)
+    loop.close([])
+
+
+def _gather_totals(v: Vectors, unit, totals, shrinks, added, rows):
+    builder = v.builder
+    loop = Loop(builder, rows, v.lanes, [])
+    offset = builder.mul(loop.index, ir.Constant(I64, v.bytes))
+    v.store(v.fma(v.load(totals, offset), v.load(shrinks, offset), v.load(added, offset)), totals, offset)
+    loop.close([])
+
+
+# largest number of a row of scores (whole vectors) and `start`; NaN is passed over
 row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
-# weights[j] = 2**(row[j] * factor - shift), added lane by lane to the three vectors of partial sums at `sums`; pairs: stored as bfloat16
-row_weights = _define(4, _row_weights, tail=(0, 0))
+# weights[j] = 2**(row[j] * factor - shift), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
+# The first takes whole triples of vectors, the second one vector.
+triples_to_weights, vector_to_weights = (_define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
 # the sum of those three vectors
 row_total = _define(1, _row_total, _accumulator)
 row_scale = _define(2, _row_scale, tail=(0,))
 row_fill = _define(2, _row_fill, tail=(0,))
+# for a vector of rows at a time: the new maximum in place, what to subtract, and by how much earlier sums shrink
+advance_rows = _define(5, _advance_rows, tail=(0,))
+# total[r] = total[r] * shrink[r] + added[r]
+gather_totals = _define(4, _gather_totals)
 exp2_number = _define(0, lambda v, unit, x: v.exp2_nonpositive(x), _accumulator, tail=(0,))
 
 
