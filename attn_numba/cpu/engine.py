@@ -118,7 +118,8 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
         "rows_at": 4 * state_rows * word,
         "scores_at": group * tile * word, "pairs_at": group * tile * 2 if unit.pairs else 0, "sums_at": panel * word,
         "scratch_at": lanes * scratch_row * word, "keys_at": columns * padded * word, "values_at": columns * width * word,
-        "kinds_at": (local // group + 1) * (tile // lanes), "special_at": 4 * columns, "seen_at": columns * group,
+        "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
+        "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
     found, size = {}, 0
     for name, count in parts.items():

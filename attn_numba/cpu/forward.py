@@ -266,11 +266,18 @@ def _run_end(kinds, n, vectors):
 
 
 @compiled
-def _seen_end(kinds, n, vectors):
-    """The end of the run of vectors from n on that are seen."""
-    while n < vectors and load_byte(kinds + n):
+def _list_runs(runs, kinds, vectors):
+    """List the runs of vectors of keys that are seen, as pairs (first, end); return their number."""
+    count = n = 0
+    while n < vectors:
+        if load_byte(kinds + n):
+            store_int32(runs + 8 * count, n)
+            while n < vectors and load_byte(kinds + n):
+                n += 1
+            store_int32(runs + 8 * count + 4, n)
+            count += 1
         n += 1
-    return n
+    return count
 
 
 @compiled
@@ -342,13 +349,12 @@ def _note_seen(call, space, kinds, rows, special, unit):
 
 
 @compiled
-def _row_to_weights(row, weights, sums, kinds, vectors, factor, shift, unit):
+def _row_to_weights(row, weights, sums, runs, count, factor, shift, unit):
     """Turn a row of scores into weights where keys are seen; vector n adds to the partial sums n modulo 3."""
     lanes, word = vector_length(unit), word_bytes(unit)
     width = 2 if is_pairs(unit) else word
-    n = 0
-    while n < vectors:
-        end = _seen_end(kinds, n, vectors)
+    for run in range(count):
+        n, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
         while n < end:
             a, to, total = row + n * lanes * word, weights + n * lanes * width, sums + n % VECTORS * lanes * word
             if n % VECTORS == 0 and n + VECTORS <= end:
@@ -358,11 +364,10 @@ def _row_to_weights(row, weights, sums, kinds, vectors, factor, shift, unit):
             else:
                 vector_to_weights(unit, a, to, total, lanes, factor, shift)
                 n += 1
-        n += 1
 
 
 @compiled
-def _softmax(call, space, kinds, g, rows, vectors, unit):
+def _softmax(call, space, runs, count, g, rows, unit):
     """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
@@ -373,12 +378,9 @@ def _softmax(call, space, kinds, g, rows, vectors, unit):
     added = tops + 3 * call.state_rows * word
     for r in range(rows):
         top = type(number)(-np.inf)
-        n = 0
-        while n < vectors:
-            end = _seen_end(kinds, n, vectors)
-            if end > n:
-                top = row_largest(number, strip + (r * length + n * lanes) * word, (end - n) * lanes, top)
-            n = end + 1
+        for run in range(count):
+            n, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+            top = row_largest(number, strip + (r * length + n * lanes) * word, (end - n) * lanes, top)
         store_number(number, tops + r * word, top)
     factor = type(number)(call.factor)
     advance_rows(number, tops, space + call.largest_at + state, shifts, shrinks, rows, factor)
@@ -387,7 +389,7 @@ def _softmax(call, space, kinds, g, rows, vectors, unit):
         row = strip + r * length * word
         weights = space + call.pairs_at + r * length * 2 if is_pairs(unit) else row
         _clear(sums, VECTORS * lanes, unit)
-        _row_to_weights(row, weights, sums, kinds, vectors, factor, load_number(number, shifts + r * word), unit)
+        _row_to_weights(row, weights, sums, runs, count, factor, load_number(number, shifts + r * word), unit)
         store_number(number, added + r * word, row_total(number, sums))
         shrink = load_number(number, shrinks + r * word)
         if shrink != 1.0:
@@ -429,26 +431,22 @@ def _add_values(call, space, weights, values, values_row, out, rows, depth, unit
 
 
 @inlined
-def _weighted_values(call, space, values, kinds, local, rows, j0, j1, special, unit):
+def _weighted_values(call, space, values, runs, count, local, rows, j0, j1, special, unit):
     """Add the tile's weighted values to the rows' sums, run by run of vectors of keys that are seen."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    vectors = (j1 - j0 + lanes - 1) // lanes
     base, row = space + call.values_at, call.value_width
     if call.values_in_place and not special:
         base, row = values + j0 * call.v_j, call.v_j // word
     out = space + call.out_at + local * call.value_width * word
-    n = 0
-    while n < vectors:
-        end = _seen_end(kinds, n, vectors)
-        if end > n:
-            first, last = n * lanes, min(end * lanes, j1 - j0)
-            if is_pairs(unit):
-                weights = space + call.pairs_at + first * 2
-                _add_values(call, space, weights, base + first // 2 * row * word, row, out, rows, (last - first + 1) // 2, unit)
-            else:
-                weights = space + call.scores_at + first * word
-                _add_values(call, space, weights, base + first * row * word, row, out, rows, last - first, unit)
-        n = end + 1
+    for run in range(count):
+        first = load_int32(runs + 8 * run) * lanes
+        last = min(load_int32(runs + 8 * run + 4) * lanes, j1 - j0)
+        if is_pairs(unit):
+            weights = space + call.pairs_at + first * 2
+            _add_values(call, space, weights, base + first // 2 * row * word, row, out, rows, (last - first + 1) // 2, unit)
+        else:
+            weights = space + call.scores_at + first * word
+            _add_values(call, space, weights, base + first * row * word, row, out, rows, last - first, unit)
 
 
 @compiled
@@ -583,11 +581,15 @@ def _attend(call, space, item, unit):
             _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
             if special:
                 _note_seen(call, space, kinds, rows, special, unit)
-            _softmax(call, space, kinds, g, rows, (j1 - j0 + lanes - 1) // lanes, unit)
+            runs = space + call.runs_at
+            count = _list_runs(runs, kinds, (j1 - j0 + lanes - 1) // lanes)
+            if not count:
+                continue
+            _softmax(call, space, runs, count, g, rows, unit)
             if call.dropout_hook:
                 at = space + call.scores_at
                 call_edit(call.dropout_hook, at, call.key_tile, b, h, i0, rows, j0, j1 - j0, call.parameters)
-            _weighted_values(call, space, values, kinds, local, rows, j0, j1, special, unit)
+            _weighted_values(call, space, values, runs, count, local, rows, j0, j1, special, unit)
             if special:
                 _add_special(call, space, values, local, rows, j0, special, unit)
     for g in range(groups):

@@ -80,6 +80,7 @@ class Call(NamedTuple):
     keys_at: int
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
+    runs_at: int  # int32 pairs: first and end of each run of vectors that a group sees
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
     factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale
