@@ -111,13 +111,14 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
     local = set_heads * _up(min(M, rows), group)  # rows of the workspace
     state_rows = _up(group, lanes)
     states = local // group * state_rows
-    columns = min(tile, _up(N, panel))
+    columns = min(tile, _up(N, lanes))
+    keys_row = columns + lanes * (1 - columns // lanes % 2)  # an odd number of vectors: rows fall into different cache sets
     scratch_row = max(padded, 2 * _up(width, 2 * lanes))
     parts = {
         "q_at": local * depth * word, "out_at": local * width * word, "largest_at": states * word, "total_at": states * word,
         "rows_at": 4 * state_rows * word,
         "scores_at": group * tile * word, "pairs_at": group * tile * 2 if unit.pairs else 0, "sums_at": panel * word,
-        "scratch_at": lanes * scratch_row * word, "keys_at": columns * padded * word, "values_at": columns * width * word,
+        "scratch_at": lanes * scratch_row * word, "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
         "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
         "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
@@ -127,7 +128,7 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
         size += _up(count, 64)
     found |= {
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows, "group_rows": group, "key_tile": tile,
-        "state_rows": state_rows,
+        "state_rows": state_rows, "keys_row": keys_row,
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip

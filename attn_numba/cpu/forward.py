@@ -37,7 +37,8 @@ row_largest, row_total, row_scale, row_fill = t.row_largest, t.row_total, t.row_
 triples_to_weights, vector_to_weights = t.triples_to_weights, t.vector_to_weights
 advance_rows, gather_totals = t.advance_rows, t.gather_totals
 row_is_finite, interleave, transpose = t.row_is_finite, t.interleave, t.transpose
-score_tile_3, score_tile_2, score_tile_1, score_row = t.score_tile_3, t.score_tile_2, t.score_tile_1, t.score_row
+score_tile_3, score_tile_2, score_tile_1 = t.score_tile_3, t.score_tile_2, t.score_tile_1
+score_row_3, score_row_1 = t.score_row_3, t.score_row_1
 value_tile_3, value_tile_2, value_tile_1 = t.value_tile_3, t.value_tile_2, t.value_tile_1
 value_row_3, value_row_2, value_row_1 = t.value_row_3, t.value_row_2, t.value_row_1
 read_vector, read_half_vector, read_brain_vector = t.read_vector, t.read_half_vector, t.read_brain_vector
@@ -148,11 +149,9 @@ def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
 
 @compiled
 def _pack_keys(call, space, keys, number, j0, unit):
-    """Transpose one vector of keys, vector `number` of the tile: word d of key n goes to (d, n) of its panel. Keys beyond the last
-    are zero."""
+    """Transpose one vector of keys, vector `number` of the tile: word d of key n goes to (d, n). Keys beyond the last are zero."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    panel = VECTORS * lanes
-    to = space + call.keys_at + (number // VECTORS * call.depth_padded * panel + number % VECTORS * lanes) * word
+    to = space + call.keys_at + number * lanes * word
     scratch = space + call.scratch_at
     row = call.depth_padded * word
     whole = (call.kind == SAME or is_pairs(unit)) and call.k_d == call.itemsize and call.D * call.itemsize == row
@@ -164,7 +163,7 @@ def _pack_keys(call, space, keys, number, j0, unit):
                 _read_row(scratch + n * row, keys + (j0 + n) * call.k_j, call.k_d, call.D, call, unit)
         source, source_row = scratch, row
     for d in range(0, call.depth_padded, lanes):
-        transpose(unit, source + d * word, source_row, to + d * panel * word, panel * word)
+        transpose(unit, source + d * word, source_row, to + d * call.keys_row * word, call.keys_row * word)
 
 
 @compiled
@@ -266,59 +265,57 @@ def _run_end(kinds, n, vectors):
 
 
 @compiled
-def _list_runs(runs, kinds, vectors):
-    """List the runs of vectors of keys that are seen, as pairs (first, end); return their number."""
+def _list_runs(runs, kinds, columns, lanes):
+    """List the stretches of keys that are seen, as pairs (first, end) that begin at whole vectors; return their number."""
+    vectors = (columns + lanes - 1) // lanes
     count = n = 0
     while n < vectors:
         if load_byte(kinds + n):
-            store_int32(runs + 8 * count, n)
+            store_int32(runs + 8 * count, n * lanes)
             while n < vectors and load_byte(kinds + n):
                 n += 1
-            store_int32(runs + 8 * count + 4, n)
+            store_int32(runs + 8 * count + 4, min(n * lanes, columns))
             count += 1
         n += 1
     return count
 
 
 @compiled
-def _products(call, space, queries, kinds, rows, vectors, unit):
-    """Fill the strip with q . k for the vectors of keys that are seen, a panel at a time."""
+def _products(call, space, queries, first, end, rows, unit):
+    """Fill columns `first` to `end` (whole vectors) of the strip with q . k, three vectors at a time, two or one at the end."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    panel = VECTORS * lanes
-    length, depth = call.key_tile, call.depth
+    length, depth, keys_row = call.key_tile, call.depth, call.keys_row
     tiled = _tiled_rows(rows)
-    for p in range(0, vectors, VECTORS):
-        first, last = p, min(p + VECTORS, vectors)
-        while first < last and not load_byte(kinds + first):
-            first += 1
-        while first < last and not load_byte(kinds + last - 1):
-            last -= 1
-        if first == last:
-            continue
-        packed = space + call.keys_at + (p * lanes * call.depth_padded + (first - p) * lanes) * word
-        strip = space + call.scores_at + first * lanes * word
+    for column in range(first, end, VECTORS * lanes):
+        packed = space + call.keys_at + column * word
+        strip = space + call.scores_at + column * word
+        left = min((end - column + lanes - 1) // lanes, VECTORS)
         for r in range(0, tiled, ROWS):
             a, to = queries + r * depth * word, strip + r * length * word
-            if last - first == 3:
-                score_tile_3(unit, a, depth, packed, panel, to, length, depth)
-            elif last - first == 2:
-                score_tile_2(unit, a, depth, packed, panel, to, length, depth)
+            if left == 3:
+                score_tile_3(unit, a, depth, packed, keys_row, to, length, depth)
+            elif left == 2:
+                score_tile_2(unit, a, depth, packed, keys_row, to, length, depth)
             else:
-                score_tile_1(unit, a, depth, packed, panel, to, length, depth)
-        packed -= (first - p) * lanes * word
-        strip -= (first - p) * lanes * word
+                score_tile_1(unit, a, depth, packed, keys_row, to, length, depth)
         for r in range(tiled, rows):
-            score_row(unit, queries + r * depth * word, depth, packed, panel, strip + r * length * word, length, depth)
+            a, to = queries + r * depth * word, strip + r * length * word
+            if left == 3:
+                score_row_3(unit, a, depth, packed, keys_row, to, length, depth)
+            else:
+                for n in range(left):
+                    score_row_1(unit, a, depth, packed + n * lanes * word, keys_row, to + n * lanes * word, length, depth)
 
 
 @compiled
-def _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit):
+def _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit):
     """Fill the strip of scores: products, then the hooks, then minus infinity beyond the last key."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
     vectors = (j1 - j0 + lanes - 1) // lanes
     strip, length = space + call.scores_at, call.key_tile
-    _products(call, space, queries, kinds, rows, vectors, unit)
+    for run in range(count):
+        _products(call, space, queries, load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4), rows, unit)
     n = 0
     while n < vectors:
         end = _run_end(kinds, n, vectors)
@@ -354,7 +351,8 @@ def _row_to_weights(row, weights, sums, runs, count, factor, shift, unit):
     lanes, word = vector_length(unit), word_bytes(unit)
     width = 2 if is_pairs(unit) else word
     for run in range(count):
-        n, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+        n = load_int32(runs + 8 * run) // lanes
+        end = (load_int32(runs + 8 * run + 4) + lanes - 1) // lanes
         while n < end:
             a, to, total = row + n * lanes * word, weights + n * lanes * width, sums + n % VECTORS * lanes * word
             if n % VECTORS == 0 and n + VECTORS <= end:
@@ -379,8 +377,9 @@ def _softmax(call, space, runs, count, g, rows, unit):
     for r in range(rows):
         top = type(number)(-np.inf)
         for run in range(count):
-            n, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
-            top = row_largest(number, strip + (r * length + n * lanes) * word, (end - n) * lanes, top)
+            first, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+            columns = (end - first + lanes - 1) // lanes * lanes
+            top = row_largest(number, strip + (r * length + first) * word, columns, top)
         store_number(number, tops + r * word, top)
     factor = type(number)(call.factor)
     advance_rows(number, tops, space + call.largest_at + state, shifts, shrinks, rows, factor)
@@ -399,54 +398,40 @@ def _softmax(call, space, runs, count, g, rows, unit):
 
 
 @compiled
-def _add_values(call, space, weights, values, values_row, out, rows, depth, unit):
-    """out += weights @ values over one run of keys, three vectors of columns at a time, two or one at the end."""
+def _weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
+    """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    weights_row = call.key_tile // 2 if is_pairs(unit) else call.key_tile
-    tiled = _tiled_rows(rows)
+    base, values_row = space + call.values_at, call.value_width
+    if call.values_in_place and not special:
+        base, values_row = values + j0 * call.v_j, call.v_j // word
+    weights, weights_row = space + call.scores_at, call.key_tile
+    if is_pairs(unit):
+        weights, weights_row = space + call.pairs_at, call.key_tile // 2
     width = call.value_width
+    tiled = _tiled_rows(rows)
     e = 0
     while e < width:
         left = (width - e) // lanes
         vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
-        b = values + e * word
-        c = out + e * word
+        b = base + e * word
+        c = space + call.out_at + (local * width + e) * word
         for r in range(0, tiled, ROWS):
             a, to = weights + r * weights_row * word, c + r * width * word
             if vectors == 3:
-                value_tile_3(unit, a, weights_row, b, values_row, to, width, depth)
+                value_tile_3(unit, a, weights_row, b, values_row, to, width, runs, count)
             elif vectors == 2:
-                value_tile_2(unit, a, weights_row, b, values_row, to, width, depth)
+                value_tile_2(unit, a, weights_row, b, values_row, to, width, runs, count)
             else:
-                value_tile_1(unit, a, weights_row, b, values_row, to, width, depth)
+                value_tile_1(unit, a, weights_row, b, values_row, to, width, runs, count)
         for r in range(tiled, rows):
             a, to = weights + r * weights_row * word, c + r * width * word
             if vectors == 3:
-                value_row_3(unit, a, weights_row, b, values_row, to, width, depth)
+                value_row_3(unit, a, weights_row, b, values_row, to, width, runs, count)
             elif vectors == 2:
-                value_row_2(unit, a, weights_row, b, values_row, to, width, depth)
+                value_row_2(unit, a, weights_row, b, values_row, to, width, runs, count)
             else:
-                value_row_1(unit, a, weights_row, b, values_row, to, width, depth)
+                value_row_1(unit, a, weights_row, b, values_row, to, width, runs, count)
         e += vectors * lanes
-
-
-@inlined
-def _weighted_values(call, space, values, runs, count, local, rows, j0, j1, special, unit):
-    """Add the tile's weighted values to the rows' sums, run by run of vectors of keys that are seen."""
-    lanes, word = vector_length(unit), word_bytes(unit)
-    base, row = space + call.values_at, call.value_width
-    if call.values_in_place and not special:
-        base, row = values + j0 * call.v_j, call.v_j // word
-    out = space + call.out_at + local * call.value_width * word
-    for run in range(count):
-        first = load_int32(runs + 8 * run) * lanes
-        last = min(load_int32(runs + 8 * run + 4) * lanes, j1 - j0)
-        if is_pairs(unit):
-            weights = space + call.pairs_at + first * 2
-            _add_values(call, space, weights, base + first // 2 * row * word, row, out, rows, (last - first + 1) // 2, unit)
-        else:
-            weights = space + call.scores_at + first * word
-            _add_values(call, space, weights, base + first * row * word, row, out, rows, last - first, unit)
 
 
 @compiled
@@ -578,18 +563,18 @@ def _attend(call, space, item, unit):
             local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
             kinds = space + call.kinds_at + g * most
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
-            _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
-            if special:
-                _note_seen(call, space, kinds, rows, special, unit)
             runs = space + call.runs_at
-            count = _list_runs(runs, kinds, (j1 - j0 + lanes - 1) // lanes)
+            count = _list_runs(runs, kinds, j1 - j0, lanes)
             if not count:
                 continue
+            _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+            if special:
+                _note_seen(call, space, kinds, rows, special, unit)
             _softmax(call, space, runs, count, g, rows, unit)
             if call.dropout_hook:
                 at = space + call.scores_at
                 call_edit(call.dropout_hook, at, call.key_tile, b, h, i0, rows, j0, j1 - j0, call.parameters)
-            _weighted_values(call, space, values, runs, count, local, rows, j0, j1, special, unit)
+            _weighted_values(call, space, values, runs, count, local, rows, j0, special, unit)
             if special:
                 _add_special(call, space, values, local, rows, j0, special, unit)
     for g in range(groups):
@@ -613,7 +598,9 @@ def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end,
             local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
             kinds = space + call.kinds_at + g * most
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
-            _scores(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
+            runs = space + call.runs_at
+            count = _list_runs(runs, kinds, j1 - j0, vector_length(unit))
+            _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
             _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit)
 
 

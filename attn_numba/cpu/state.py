@@ -66,6 +66,7 @@ class Call(NamedTuple):
     key_tile: int  # keys in a tile, a multiple of the panel width
     depth: int  # words in a row of q: D, or pairs
     depth_padded: int  # in whole vectors
+    keys_row: int  # words from one row of the transposed keys to the next
     value_width: int  # E in whole vectors
     values_in_place: int  # whether V is read where it lies
     q_at: int
@@ -80,7 +81,7 @@ class Call(NamedTuple):
     keys_at: int
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
-    runs_at: int  # int32 pairs: first and end of each run of vectors that a group sees
+    runs_at: int  # int32 pairs: first and end of each stretch of keys that a group sees
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
     factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale

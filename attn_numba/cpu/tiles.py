@@ -72,58 +72,97 @@ def _define(count: int, emit, result=None, tail=()):
 # -- Register tiles ----------------------------------------------------------------------------------------------------------
 
 
-def _tile(rows: int, vectors: int, accumulate: bool):
-    """tile(unit, a, a_row, b, b_row, c, c_row, depth): C[rows, vectors] (+)= A[rows, depth] @ B[depth, vectors].
+class _Operands:
+    """The rows of a register tile: `rows` of A and C, of which row i begins i row lengths (in words) after the first."""
 
-    Row lengths in words (C: accumulators). Sums run over the depth in order, one chain of fused multiply-adds per element, so an
-    element's bits do not depend on the rows beside it. Each element of C has one writer. A row of B is whole vectors.
+    def __init__(self, v: Vectors, unit: types.Type, rows: int, vectors: int, a, a_row, b, b_row, c, c_row) -> None:
+        self.v, self.rows, self.vectors = v, rows, vectors
+        self.pairs = unit == types.int32
+        self.word = I32 if self.pairs else v.number
+        self.size = ir.Constant(I64, v.bytes)
+        self.a_rows, self.c_rows = self._addresses(a, a_row), self._addresses(c, c_row)
+        self.b, self.b_step = b, v.builder.mul(b_row, self.size)
+
+    def _addresses(self, base: ir.Value, row: ir.Value) -> list[ir.Value]:
+        step = self.v.builder.mul(row, self.size)
+        found = [base]
+        for _ in range(self.rows - 1):
+            found.append(self.v.builder.add(found[-1], step))
+        return found
+
+    def zeros(self) -> list[ir.Value]:
+        return [self.v.constant(0.0)] * (self.rows * self.vectors)
+
+    def load(self) -> list[ir.Value]:
+        step = self.v.lanes * self.v.bytes
+        return [self.v.load(row, n * step) for row in self.c_rows for n in range(self.vectors)]
+
+    def store(self, accumulators: list[ir.Value]) -> None:
+        v = self.v
+        for i, row in enumerate(self.c_rows):
+            for n in range(self.vectors):
+                v.store(accumulators[i * self.vectors + n], row, n * v.lanes * v.bytes)
+
+    def multiply_add(self, depth: ir.Value, accumulators: list[ir.Value]) -> list[ir.Value]:
+        """Add column `depth` of A times row `depth` of B: one chain of fused multiply-adds for each element of C."""
+        v, builder, new = self.v, self.v.builder, []
+        at = builder.add(self.b, builder.mul(depth, self.b_step))
+        rights = [v.load(at, n * v.lanes * v.bytes) for n in range(self.vectors)]
+        offset = builder.mul(depth, self.size)
+        for i, row in enumerate(self.a_rows):
+            left = v.splat(v.load(row, offset, self.word), self.word)
+            for n, right in enumerate(rights):
+                old = accumulators[i * self.vectors + n]
+                new.append(self._dot(left, right, old) if self.pairs else v.fma(left, right, old))
+        return new
+
+    def _dot(self, left: ir.Value, right: ir.Value, old: ir.Value) -> ir.Value:
+        v, operand = self.v, ir.VectorType(BFloat(), 2 * self.v.lanes)
+        args = old, v.builder.bitcast(left, operand), v.builder.bitcast(right, operand)
+        return v.call(BF16_DOT[target().vector_bytes], v.vector, *args)
+
+
+def _score_tile(rows: int, vectors: int):
+    """tile(unit, a, a_row, b, b_row, c, c_row, depth): C[rows, vectors] = A[rows, depth] @ B[depth, vectors].
+
+    Row lengths in words. An element's bits do not depend on the rows and columns beside it. Each element of C has one writer.
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth):
-        builder, pairs = v.builder, unit == types.int32
-        word = I32 if pairs else v.number
-        operand = ir.VectorType(BFloat(), 2 * v.lanes) if pairs else v.vector
-        size = ir.Constant(I64, v.bytes)
-
-        def row_addresses(base, row):
-            step = builder.mul(row, size)
-            found = [base]
-            for _ in range(rows - 1):
-                found.append(builder.add(found[-1], step))
-            return found
-
-        c_rows, a_rows = row_addresses(c, c_row), row_addresses(a, a_row)
-        zero = v.constant(0.0)
-        start = [
-            v.load(c_rows[i], n * v.lanes * v.bytes) if accumulate else zero for i in range(rows) for n in range(vectors)
-        ]
-        b_step = builder.mul(b_row, size)
-        loop = Loop(builder, depth, 1, start)
-        b_at = builder.add(b, builder.mul(loop.index, b_step))
-        b_vectors = [v.load(b_at, n * v.lanes * v.bytes) for n in range(vectors)]
-        a_offset = builder.mul(loop.index, size)
-        new = []
-        for i in range(rows):
-            number = v.splat(v.load(a_rows[i], a_offset, word), word)
-            for n in range(vectors):
-                old = loop.values[i * vectors + n]
-                if pairs:
-                    args = old, builder.bitcast(number, operand), builder.bitcast(b_vectors[n], operand)
-                    new.append(v.call(BF16_DOT[target().vector_bytes], v.vector, *args))
-                else:
-                    new.append(v.fma(number, b_vectors[n], old))
-        result = loop.close(new)
-        for i in range(rows):
-            for n in range(vectors):
-                v.store(result[i * vectors + n], c_rows[i], n * v.lanes * v.bytes)
+        tile = _Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
+        loop = Loop(v.builder, depth, 1, tile.zeros())
+        tile.store(loop.close(tile.multiply_add(loop.index, loop.values)))
 
     return _define(7, emit)
 
 
-score_tile_3, score_tile_2, score_tile_1 = (_tile(TILE_ROWS, n, False) for n in (3, 2, 1))
-score_row = _tile(1, VECTORS, False)
-value_tile_3, value_tile_2, value_tile_1 = (_tile(TILE_ROWS, n, True) for n in (3, 2, 1))
-value_row_3, value_row_2, value_row_1 = (_tile(1, n, True) for n in (3, 2, 1))
+def _value_tile(rows: int, vectors: int):
+    """tile(unit, a, a_row, b, b_row, c, c_row, runs, count): C[rows, vectors] += A[rows, runs] @ B[runs, vectors].
+
+    `runs` is the address of `count` pairs of int32, first and end of the stretches of the depth to go through (keys: for pairs, both
+    are halved). Row lengths in words. Each element of C has one writer and is one chain of multiply-adds over the depth.
+    """
+
+    def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, runs, count):
+        builder = v.builder
+        tile = _Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
+        run = Loop(builder, count, 1, tile.load())
+        at = builder.add(runs, builder.mul(run.index, ir.Constant(I64, 8)))
+        first, end = (builder.sext(v.load(at, offset, I32), I64) for offset in (0, 4))
+        if tile.pairs:
+            one = ir.Constant(I64, 1)
+            first, end = builder.ashr(first, one), builder.ashr(builder.add(end, one), one)
+        loop = Loop(builder, builder.sub(end, first), 1, run.values)
+        new = loop.close(tile.multiply_add(builder.add(loop.index, first), loop.values))
+        tile.store(run.close(new))
+
+    return _define(8, emit)
+
+
+score_tile_3, score_tile_2, score_tile_1 = (_score_tile(TILE_ROWS, n) for n in (3, 2, 1))
+score_row_3, score_row_1 = (_score_tile(1, n) for n in (3, 1))
+value_tile_3, value_tile_2, value_tile_1 = (_value_tile(TILE_ROWS, n) for n in (3, 2, 1))
+value_row_3, value_row_2, value_row_1 = (_value_tile(1, n) for n in (3, 2, 1))
 
 
 # -- Rows of scores ----------------------------------------------------------------------------------------------------------

