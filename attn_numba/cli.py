@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-import attn_numba as an
-from attn_numba import files
+from attn_numba import __version__, files
+from attn_numba.api import attention, backends, config_report, warmup
+from attn_numba.comparison import Agreement, check_workload, compare_backends, contenders, plain_table, time_call
 from attn_numba.job import Job, RuleSet
+from attn_numba.parallel import thread_count, threads
+from attn_numba.workloads import WORKLOADS, named_dtype
 
 __all__ = ["main"]
 
@@ -62,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    sections = dict(an.config_report())
-    states = {name: ("yes" if available else "no", reason) for name, (available, reason) in an.backends().items()}
+    sections = dict(config_report())
+    states = {name: ("yes" if available else "no", reason) for name, (available, reason) in backends().items()}
     for section, settings in (sections | {"backends": states}).items():
         print(section)
         width = max(len(setting) for setting in settings)
@@ -80,15 +83,13 @@ def _run(arguments: argparse.Namespace) -> int:
     sizes = job.problem.sizes
     pieces = job.pieces(PIECE_FLOP // (2 * (sizes.D + sizes.E)))
     with _threads(arguments), _progress(arguments, "attention", job.pairs if len(pieces) > 1 else 0) as advance:
-        attention = partial(an.attention, backend=arguments.backend)
-        results = job.run(attention, pieces, advance, lse=arguments.lse, weights=arguments.weights)
+        chosen = partial(attention, backend=arguments.backend)
+        results = job.run(chosen, pieces, advance, lse=arguments.lse, weights=arguments.weights)
     files.write_arrays(output, results, arguments.force)
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from attn_numba.comparison import compare_backends
-
     job = _job(arguments) if arguments.inputs else Job(*_random_arrays(arguments), _rules(arguments))
     rows, failed, reference_seconds = [], False, float("nan")
     with _threads(arguments):
@@ -96,25 +97,21 @@ def _compare(arguments: argparse.Namespace) -> int:
             job, arguments.repeat, partial(_progress, arguments)
         ):
             if agreement is None:
-                rows.append((backend, f"skipped: {reason}", "", "", ""))
+                rows.append((backend, "", "", "", "", f"skipped: {reason}"))
                 continue
             if backend == "reference":
                 reference_seconds = seconds
             failed |= not agreement.passed
-            verdict = f"{agreement.difference:.1e}" + ("" if agreement.passed else " FAILED")
             ratio = f"{reference_seconds / seconds:.1f}"
-            rows.append((backend, verdict, f"{agreement.tolerance:.1e}", f"{1e3 * seconds:.3f}", ratio))
+            rows.append((backend, *_verdict(agreement), f"{1e3 * seconds:.3f}", ratio, _note(agreement)))
     shapes = ", ".join(f"{name} {x.shape}" for name, x in zip("qkv", (job.q, job.k, job.v), strict=True))
-    columns = ("backend", "largest difference", "allowed", "ms", "reference / this")
+    columns = ("backend", "largest difference", "allowed", "ms", "reference / this", "")
     _print_table(f"{job.q.dtype.name}; {shapes}", columns, rows)
     return FAILED if failed else 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from attn_numba.comparison import check_workload, contenders, time_call
     from attn_numba.cpu.tiles import peak_rate
-    from attn_numba.parallel import thread_count
-    from attn_numba.workloads import WORKLOADS, named_dtype
 
     names = arguments.workloads or list(WORKLOADS)
     if unknown := [name for name in names if name not in WORKLOADS]:
@@ -126,23 +123,29 @@ def _bench(arguments: argparse.Namespace) -> int:
             arrays = workload.arrays(dtype)
             for name, call in contenders(workload, arrays).items():
                 if isinstance(call, str):
-                    rows.append((workload.name, name, "", "", "", f"skipped: {call}", ""))
+                    rows.append((workload.name, name, "", "", "", "", "", f"skipped: {call}"))
                     continue
                 agreement = check_workload(workload, arrays, call())
                 failed |= not agreement.passed
-                seconds = time_call(call, arguments.repeat if name != "reference" else 1)
+                seconds = time_call(call, 1 if name == "reference" else arguments.repeat)
                 rate = workload.flop / seconds
-                share = f"{rate / peak:.2f}" if name == "cpu" else ""
-                verdict = f"{agreement.difference:.1e}" + ("" if agreement.passed else " FAILED")
-                numbers = (f"{1e3 * seconds:.3f}", f"{rate / 1e9:.1f}", share)
-                rows.append((workload.name, name, *numbers, verdict, f"{agreement.tolerance:.1e}"))
-    columns = ("workload", "what", "ms", "GFLOP/s visible", "of tile's peak", "largest difference", "allowed")
+                numbers = (f"{1e3 * seconds:.3f}", f"{rate / 1e9:.1f}", f"{rate / peak:.2f}" if name == "cpu" else "")
+                rows.append((workload.name, name, *numbers, *_verdict(agreement), _note(agreement)))
+    columns = ("workload", "what", "ms", "GFLOP/s visible", "of tile's peak", "largest difference", "allowed", "")
     _print_table(f"{dtype.name}, fastest of {arguments.repeat}", columns, rows)
     return FAILED if failed else 0
 
 
+def _verdict(agreement: Agreement) -> tuple[str, str]:
+    return f"{agreement.difference:.1e}", f"{agreement.tolerance:.1e}"
+
+
+def _note(agreement: Agreement) -> str:
+    return "" if agreement.passed else "FAILED"
+
+
 def _warmup(arguments: argparse.Namespace) -> int:
-    for dtype, seconds in an.warmup(dtypes=tuple(arguments.dtypes)).items():
+    for dtype, seconds in warmup(dtypes=tuple(arguments.dtypes)).items():
         print(f"{dtype}: {seconds:.2f} s")
     return 0
 
@@ -151,13 +154,13 @@ def _job(arguments: argparse.Namespace) -> Job:
     """Return the call that the command line describes, its arrays mapped from files."""
     paths, names = arguments.inputs, arguments.names
     if len(paths) == 3:
-        return Job(*(files.read_array(path) for path in paths), rules=_rules(arguments))
-    if len(paths) != 1:
-        raise ValueError(
-            f"inputs are one file that holds q, k and v or three files with one each, not {len(paths)} files"
-        )
-    arrays = files.read_arrays(paths[0], names)
-    return Job(*(arrays[name] for name in names), rules=_rules(arguments))
+        q, k, v = (files.read_array(path) for path in paths)
+    elif len(paths) == 1:
+        arrays = files.read_arrays(paths[0], names)
+        q, k, v = (arrays[name] for name in names)
+    else:
+        raise ValueError(f"inputs are one file that holds q, k and v or three with one each, not {len(paths)} files")
+    return Job(q, k, v, _rules(arguments))
 
 
 def _rules(arguments: argparse.Namespace) -> RuleSet:
@@ -206,8 +209,6 @@ def _sizes_by_x(text: str) -> tuple[int, ...]:
 
 
 def _random_arrays(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from attn_numba.workloads import named_dtype
-
     B, H, Hk, M, N, D, E = arguments.sizes
     dtype, random = named_dtype(arguments.dtype), np.random.default_rng(arguments.seed)
     q, k, v = (random.standard_normal(shape).astype(dtype) for shape in ((B, H, M, D), (B, Hk, N, D), (B, Hk, N, E)))
@@ -215,7 +216,7 @@ def _random_arrays(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarra
 
 
 def _threads(arguments: argparse.Namespace) -> AbstractContextManager[object]:
-    return nullcontext() if arguments.threads is None else an.threads(arguments.threads)
+    return nullcontext() if arguments.threads is None else threads(arguments.threads)
 
 
 def _progress(arguments: argparse.Namespace, label: str, pairs: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -231,11 +232,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     try:
         from attn_numba.integrations.rich import print_table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         print(title)
-        for first, *others in (columns, *rows):
-            cells = (text.rjust(width) for text, width in zip(others, widths[1:], strict=True))
-            print("  ".join((first.ljust(widths[0]), *cells)).rstrip())
+        print(plain_table(columns, rows))
     else:
         print_table(title, columns, rows)
 
@@ -248,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="attn-numba", description="Attention without PyTorch: a NumPy reference and Numba kernels."
     )
-    parser.add_argument("--version", action="version", version=f"attn-numba {an.__version__}")
+    parser.add_argument("--version", action="version", version=f"attn-numba {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -291,8 +289,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: float32)")
     bench.add_argument("--repeat", type=_positive, default=3, help="runs of which the fastest counts (default: 3)")
 
-    warmup = add("warmup", _warmup, "compile ahead into the cache folder")
-    warmup.add_argument("dtypes", nargs="*", default=["float32"], help=f"of {', '.join(DTYPES)} (default: float32)")
+    compile_ahead = add("warmup", _warmup, "compile ahead into the cache folder")
+    compile_ahead.add_argument(
+        "dtypes", nargs="*", default=["float32"], help=f"of {', '.join(DTYPES)} (default: float32)"
+    )
 
     for sub in (run, compare, bench):
         sub.add_argument("--threads", type=_positive, help="how many threads compute (default: see info)")

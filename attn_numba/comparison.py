@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from time import perf_counter
@@ -12,6 +12,7 @@ import numpy as np
 
 from attn_numba.api import attention, backends
 from attn_numba.job import Job
+from attn_numba.reference import attention as reference_attention
 from attn_numba.workloads import Workload, allowed_rows
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "contenders",
     "largest_difference",
     "plain_attention",
+    "plain_table",
+    "rounding_dtype",
     "time_call",
 ]
 
@@ -112,13 +115,12 @@ def compare_backends(job: Job, repeat: int = 3, progress: Progress = _silent) ->
     >>> all(row.agreement.passed for row in rows if row.agreement)
     True
     """
-    from attn_numba import reference
 
     def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> Any:
-        return reference.attention(*(x.astype(np.float64) for x in (q, k, v)), **options)
+        return reference_attention(*(x.astype(np.float64) for x in (q, k, v)), **options)
 
     def rounded(*arrays: np.ndarray, **options: Any) -> Any:
-        return reference.attention(*arrays, compute_dtype=job.q.dtype, **options)
+        return reference_attention(*arrays, compute_dtype=rounding_dtype(job.q.dtype), **options)
 
     pieces = job.pieces(REFERENCE_PAIRS)
     pairs = job.pairs
@@ -208,18 +210,41 @@ def agreement(result: np.ndarray, expected: np.ndarray, rounded: np.ndarray) -> 
     expected : numpy.ndarray
         The reference's answer in float64.
     rounded : numpy.ndarray
-        The reference's answer computed in the dtype of the call (``compute_dtype``).
+        The reference's answer computed in `rounding_dtype` of the call's dtype.
 
     Returns
     -------
     Agreement
-        The tolerance is twice what `rounded` errs, plus four units in the last place of the largest element.
+        The tolerance is twice the rounding error of the reference in the dtype of the call, plus four units in the last
+        place of the largest element.
+
+    Notes
+    -----
+    What float64 itself loses cannot be seen against float64: there it is what float32 loses, times 2^-29.
     """
     finite = np.abs(expected[np.isfinite(expected)])
     last_place = _epsilon(result.dtype) * float(finite.max(initial=0.0))
     rounding = largest_difference(rounded, expected)
+    if result.dtype == np.float64:
+        rounding *= _epsilon(np.dtype(np.float64)) / _epsilon(np.dtype(np.float32))
     tolerance = 2 * (rounding if np.isfinite(rounding) else 0.0) + 4 * last_place
     return Agreement(largest_difference(result, expected), tolerance)
+
+
+def rounding_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype that the reference computes in to show what a call in another loses.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        Of the call.
+
+    Returns
+    -------
+    numpy.dtype
+        The same, but float32 for float64: `agreement` scales what it finds.
+    """
+    return np.dtype(np.float32) if dtype == np.float64 else dtype
 
 
 def check_workload(
@@ -242,16 +267,14 @@ def check_workload(
         Over every query row up to `FULL_CHECK` scores, else over 128 rows spread evenly: a row of the output depends on
         no other query row.
     """
-    from attn_numba import reference
-
     options, sizes = workload.options(), workload.sizes
     rows = np.arange(sizes.M, dtype=np.int32)
     if sizes.B * sizes.H * sizes.M * sizes.N > FULL_CHECK:
         rows = np.unique(np.linspace(0, sizes.M - 1, 128).astype(np.int32))
     q, k, v = arrays[0][:, :, rows], arrays[1], arrays[2]
     rules = {"mask": allowed_rows(options, sizes, rows), "scale": options.get("scale")}
-    expected = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), **rules)
-    rounded = reference.attention(q, k, v, compute_dtype=q.dtype, **rules)
+    expected = reference_attention(*(x.astype(np.float64) for x in (q, k, v)), **rules)
+    rounded = reference_attention(q, k, v, compute_dtype=rounding_dtype(q.dtype), **rules)
     return agreement(result[:, :, rows], expected, rounded)
 
 
@@ -295,6 +318,36 @@ def plain_attention(
     np.exp(s, out=s)
     s /= s.sum(axis=-1, keepdims=True)
     return (s.reshape(B, Hk, H // Hk * M, N) @ v).reshape(B, H, M, -1)
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as aligned text.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        The headings.
+    rows : sequence of sequence of str
+        One text per column. Numbers are aligned right, other texts left.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> print(plain_table(("what", "ms"), [("cpu", "0.5"), ("reference", "12.5")]))
+    what         ms
+    cpu         0.5
+    reference  12.5
+    """
+    lines = (columns, *rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [any(row[n][:1].isdigit() for row in rows) for n in range(len(columns))]
+    return "\n".join(
+        "  ".join(f"{cell:{'>' if right[n] else '<'}{widths[n]}}" for n, cell in enumerate(line)).rstrip()
+        for line in lines
+    )
 
 
 def time_call(function: Callable[[], Any], repeat: int = 3) -> float:

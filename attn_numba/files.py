@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
 import numpy as np
@@ -20,8 +21,8 @@ import numpy as np
 __all__ = ["check_contents", "check_output", "read_array", "read_arrays", "write_arrays"]
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
-# what reading a damaged file raises
-DAMAGE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)
+# what reading a damaged file raises; the last two by NumPy, which parses the header of a .npy file as Python text
+DAMAGE = (ValueError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, SyntaxError, TokenError)
 Reader = Callable[[], np.ndarray]
 
 
@@ -264,6 +265,6 @@ def _reason(error: Exception) -> str:
     """Return an error's message in one line, or its kind where it has none."""
     if isinstance(error, EOFError):
         return "the file ends too early"
-    if "pickle" in str(error):
+    if "pickle" in str(error) or "Python objects" in str(error):
         return "holds pickled objects or is no array file; pickles are not read"
     return " ".join(str(error).split()) or type(error).__name__

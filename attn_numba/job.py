@@ -15,9 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attn_numba.problem import Problem, check
-from attn_numba.rules.masks import Causal, Dense, Mask, Neighborhood, Padding, PrefixLM, SameDocument, SlidingWindow
-from attn_numba.rules.modifiers import ALiBi, Bias, Modifier, SoftCap
-from attn_numba.rules.normalizers import Softmax
+from attn_numba.rules import (
+    ALiBi,
+    Bias,
+    Causal,
+    Dense,
+    Mask,
+    Modifier,
+    Neighborhood,
+    Padding,
+    PrefixLM,
+    SameDocument,
+    SlidingWindow,
+    SoftCap,
+    Softmax,
+)
 
 __all__ = ["Job", "Piece", "RuleSet"]
 
@@ -26,7 +38,13 @@ ROWS = 1024
 
 
 class Piece(NamedTuple):
-    """A part of a call: slices of B, Hk and M."""
+    """A part of a call.
+
+    Parameters
+    ----------
+    sequences, key_heads, rows : slice
+        Of B, Hk and M, each with a start and a stop.
+    """
 
     sequences: slice
     key_heads: slice
@@ -63,9 +81,9 @@ class RuleSet:
         Of `Softmax`.
     scale : float, optional
         As in `attn_numba.attention`.
-    query_offset : int, optional
+    query_offset : int or numpy.ndarray, optional
         As in `attn_numba.attention`.
-    key_offset : int
+    key_offset : int or numpy.ndarray
         As in `attn_numba.attention`.
     """
 
@@ -81,8 +99,8 @@ class RuleSet:
     alibi_slopes: np.ndarray | None = None
     sink: float | None = None
     scale: float | None = None
-    query_offset: int | None = None
-    key_offset: int = 0
+    query_offset: Any = None
+    key_offset: Any = 0
 
     def options(self, piece: Piece | None = None, group: int = 1) -> dict[str, Any]:
         """Return the keyword arguments of `attn_numba.attention` for a call or a piece of it.
@@ -249,7 +267,7 @@ class Job:
 
 
 def _by_name(answer: Any) -> dict[str, np.ndarray]:
-    return answer._asdict() if isinstance(answer, tuple) else {"out": answer}
+    return dict(answer._asdict()) if hasattr(answer, "_asdict") else {"out": answer}
 
 
 def _slices(size: int, step: int) -> list[slice]:

@@ -269,7 +269,7 @@ def check(
     query_at, key_at = check_offsets(query_offset, key_offset, sizes, users)
     dtype = dtype_name(q4.dtype)
     key = ()
-    if rule is not None or chain or drop is not None:
+    if users or not number > 0:  # to kernels a scale that is not positive is one more modifier
         key = _key(rule, chain, drop, sizes, dtype, number, query_at, key_at)
         _check_rules(key, rule, chain, drop, sizes, query_at, key_at)
     return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, dot, softmax, number, query_at, key_at, drop, key)

@@ -14,8 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from attn_numba.rules.base import Sizes, places_of
-from attn_numba.rules.masks import BlockSparse, Causal, Mask, Neighborhood, Padding, SameDocument, SlidingWindow
+from attn_numba.rules import (
+    BlockSparse,
+    Causal,
+    Mask,
+    Neighborhood,
+    Padding,
+    SameDocument,
+    Sizes,
+    SlidingWindow,
+    places_of,
+)
 
 __all__ = ["WORKLOADS", "Workload", "allowed_rows", "named_dtype"]
 
@@ -156,7 +165,7 @@ def named_dtype(name: str) -> np.dtype:
     if name != "bfloat16":
         return np.dtype(name)
     try:
-        from attn_numba.integrations.bfloat16 import bfloat16
+        from attn_numba.integrations.ml_dtypes import bfloat16
     except ImportError:
         raise ImportError("bfloat16 needs the package ml_dtypes (pip install ml_dtypes)") from None
     return bfloat16

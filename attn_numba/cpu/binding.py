@@ -12,7 +12,7 @@ import llvmlite.ir as ir
 import numpy as np
 
 from attn_numba.cpu.dropout import dropout_parameters, emit_dropout
-from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_tile, settled, structure, words
+from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_runs, emit_tile, settled, structure, words
 from attn_numba.cpu.vectors import DOUBLE, FLOAT
 from attn_numba.problem import Problem, is_light
 from attn_numba.rules import SYMBOLS, MaskFormula
@@ -28,6 +28,8 @@ class Bound(NamedTuple):
     edit: int
     modify: int
     dropout: int
+    runs: int
+    run_count: int  # stretches of keys that each query sees; 0 where the tile hook says what is seen
     parameters: np.ndarray
     factor: float  # what scores are multiplied by on their way into 2**x
     keep: tuple  # arrays the block points into, and the rules
@@ -41,7 +43,7 @@ _lock = threading.Lock()
 def bind(problem: Problem) -> Bound:
     """Return the bound rules of a call, from memory if a like call was bound before."""
     if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale > 0:
-        return Bound(0, 0, 0, 0, _NOTHING, problem.scale / math.log(2), ())
+        return Bound(0, 0, 0, 0, 0, 0, _NOTHING, problem.scale / math.log(2), ())
     key = problem.key or problem.scale
     with _lock:
         found = _bound.get(key)
@@ -56,6 +58,7 @@ def bind(problem: Problem) -> Bound:
     return found
 
 
+MOST_RUNS = 512
 _NOTHING = np.zeros(1, np.int64)
 
 
@@ -63,19 +66,31 @@ def _bind(problem: Problem) -> Bound:
     sizes, binder = problem.sizes, Binder()
     binder.bind(tuple(np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in (problem.query_offset, problem.key_offset)))
     mask, score = _formulas(problem, binder)
+    runs = _runs(problem, binder)
     drops = problem.dropout is not None and problem.dropout.rate > 0
     first_drop = len(binder.params)
     if drops:
         binder.params += dropout_parameters(problem.dropout, sizes)
     params = settled(binder.params, problem.accumulator)
     number = DOUBLE if problem.dtype == "float64" else FLOAT
-    key = (number, structure(params), drops and first_drop, repr(score), repr(mask))
+    key = (number, structure(params), drops and first_drop, repr(score), repr(mask), repr(runs))
     if key not in _compiled:
-        _compiled[key] = _compile(number, params, mask, score, first_drop if drops else None)
+        _compiled[key] = _compile(number, params, mask, score, runs, first_drop if drops else None)
     hooks = _compiled[key]
     factor = 1 / math.log(2) if score is not None else problem.scale / math.log(2)
     keep = (params, problem.mask, problem.modifiers, problem.dropout)
-    return Bound(*(hooks.get(n, 0) for n in ("tile", "edit", "modify", "dropout")), words(params), factor, keep)
+    addresses = (hooks.get(name, 0) for name in ("tile", "edit", "modify", "dropout", "runs"))
+    return Bound(*addresses, 0 if runs is None else problem.mask.run_count, words(params), factor, keep)
+
+
+def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
+    """First and end of the stretches of keys that a query sees, where that alone says what is allowed."""
+    mask = problem.mask
+    if mask is None or not 0 < mask.run_count <= MOST_RUNS or any(m.excludes is not None for m in problem.modifiers):
+        return None
+    p = binder.bind(mask.arguments(problem.sizes))
+    first, end = mask.run(SYMBOLS.b, SYMBOLS.h, SYMBOLS.i if mask.positional else SYMBOLS.row_i, symbol("n"), p)
+    return lift(first), lift(end)
 
 
 def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Node | None]:
@@ -95,13 +110,15 @@ def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Nod
     return mask, score
 
 
-def _compile(number: ir.Type, params: list, mask: MaskFormula | None, score: Node | None, first_drop: int | None) -> dict[str, int]:
+def _compile(number: ir.Type, params: list, mask: MaskFormula | None, score: Node | None, runs, first_drop: int | None) -> dict[str, int]:
     module = ir.Module("hooks")
     if mask is not None:
         emit_tile(module, "tile", number, params, *mask)
         emit_edit(module, "edit", number, params, score, mask.allowed)
     if score is not None:
         emit_edit(module, "modify", number, params, score, None)
+    if runs is not None:
+        emit_runs(module, "runs", number, params, *runs)
     if first_drop is not None:
         emit_dropout(module, "dropout", number, params, first_drop)
     return compile_hooks(module)

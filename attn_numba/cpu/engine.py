@@ -12,7 +12,7 @@ from attn_numba.cpu.binding import bind
 from attn_numba.cpu.launch import compile_worker, run
 from attn_numba.cpu.state import Call
 from attn_numba.cpu.target import target
-from attn_numba.cpu.tiles import BRAIN_FLOAT, HALF_FLOAT, SAME, TILE_ROWS, VECTORS
+from attn_numba.cpu.tiles import BRAIN_FLOAT, HALF_FLOAT, SAME, STRIP_ROWS, TILE_ROWS, VECTORS
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
 from attn_numba.rules import Sizes
@@ -91,16 +91,16 @@ class Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layout:
-    """Return the layout of a call on at most so many threads."""
+def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Layout:
+    """Return the layout of a call on at most so many threads, whose rows see `run_count` stretches of keys each (0: not known)."""
     B, H, Hk, M, N, D, E = sizes
     lanes, word = unit.lanes, unit.word
     depth = (D + 1) // 2 if unit.pairs else D
     padded, width = _up(depth, lanes), _up(E, lanes)
     tile = key_tile(unit, padded, width)
-    panel = VECTORS * lanes
+    strip = tile + lanes
 
-    group = M if M <= 2 else min(GROUP_ROWS, _up(M, TILE_ROWS))
+    group = STRIP_ROWS if run_count else M if M <= 2 else min(GROUP_ROWS, _up(M, TILE_ROWS))
     rows = _block_rows(B * Hk, H // Hk, M, group, most_threads)
     blocks = -(-M // rows)
     served = H // Hk
@@ -117,9 +117,11 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
     parts = {
         "q_at": local * depth * word, "out_at": local * width * word, "largest_at": states * word, "total_at": states * word,
         "rows_at": 4 * state_rows * word,
-        "scores_at": group * tile * word, "pairs_at": group * tile * 2 if unit.pairs else 0, "sums_at": panel * word,
+        "scores_at": group * strip * word, "pairs_at": group * strip * 2 if unit.pairs else 0,
+        "sums_at": VECTORS * lanes * word,
         "scratch_at": lanes * scratch_row * word, "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
         "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
+        "spans_at": 8 * run_count, "row_runs_at": 8 * local * run_count, "kept_at": (tile + run_count * lanes) * word,
         "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
     found, size = {}, 0
@@ -128,7 +130,7 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> Layou
         size += _up(count, 64)
     found |= {
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows, "group_rows": group, "key_tile": tile,
-        "state_rows": state_rows, "keys_row": keys_row,
+        "state_rows": state_rows, "keys_row": keys_row, "strip_row": strip, "run_count": run_count,
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip
@@ -146,7 +148,7 @@ def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call,
     in_place = (
         unit.kind == SAME and v.strides[3] == unit.word and s.E % unit.lanes == 0 and v.strides[2] % unit.word == 0
     )
-    found = layout(unit, s, most_threads, in_place)
+    found = layout(unit, s, most_threads, in_place, bound.run_count)
     workspace = np.empty(found.bytes * found.threads + 64, np.uint8)
     sink = _sink(problem)
     call = Call(
@@ -156,7 +158,7 @@ def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call,
         v=_address(v), v_b=v.strides[0], v_h=v.strides[1], v_j=v.strides[2], v_e=v.strides[3],
         out=_address(out), out_b=out.strides[0], out_h=out.strides[1], out_i=out.strides[2], out_e=out.strides[3],
         lse=_address(lse), weights=_address(weights), sink=_address(sink), tile_hook=bound.tile, edit_hook=bound.edit,
-        modify_hook=bound.modify, dropout_hook=bound.dropout, parameters=_address(bound.parameters), factor=bound.factor,
+        modify_hook=bound.modify, dropout_hook=bound.dropout, runs_hook=bound.runs, parameters=_address(bound.parameters), factor=bound.factor,
         **found.fields,
     )  # fmt: skip
     return call, found.threads, [workspace, sink, bound]

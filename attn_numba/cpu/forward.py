@@ -25,11 +25,11 @@ from attn_numba.cpu import tiles as t
 from attn_numba.cpu.state import call_of
 
 NONE, SOME, ALL = 0, 1, 2
-ROWS, VECTORS = t.TILE_ROWS, t.VECTORS
+ROWS, VECTORS, STRIP_ROWS = t.TILE_ROWS, t.VECTORS, t.STRIP_ROWS
 SAME, HALF_FLOAT = t.SAME, t.HALF_FLOAT
 LN2 = math.log(2.0)
 
-call_edit, call_kind, claim = t.call_edit, t.call_kind, t.claim
+call_edit, call_kind, call_runs, claim = t.call_edit, t.call_kind, t.call_runs, t.claim
 exp2, load_number, store_number = t.exp2_number, t.load_number, t.store_number
 vector_length, word_bytes, is_pairs, accumulator = t.vector_length, t.word_bytes, t.is_pairs, t.accumulator
 load_byte, store_byte, load_int32, store_int32 = t.load_byte, t.store_byte, t.load_int32, t.store_int32
@@ -39,6 +39,8 @@ advance_rows, gather_totals = t.advance_rows, t.gather_totals
 row_is_finite, interleave, transpose = t.row_is_finite, t.interleave, t.transpose
 score_tile_3, score_tile_2, score_tile_1 = t.score_tile_3, t.score_tile_2, t.score_tile_1
 score_row_3, score_row_1 = t.score_row_3, t.score_row_1
+strip_scores, strip_values_2, strip_values_1 = t.strip_scores, t.strip_values_2, t.strip_values_1
+keep_first, put_first = t.keep_first, t.put_first
 value_tile_3, value_tile_2, value_tile_1 = t.value_tile_3, t.value_tile_2, t.value_tile_1
 value_row_3, value_row_2, value_row_1 = t.value_row_3, t.value_row_2, t.value_row_1
 read_vector, read_half_vector, read_brain_vector = t.read_vector, t.read_half_vector, t.read_brain_vector
@@ -167,6 +169,19 @@ def _pack_keys(call, space, keys, number, j0, unit):
 
 
 @compiled
+def _mark_runs(call, space, union, rows, j0, j1, lanes):
+    """Mark all vectors of the tile between the first and the last key that any row of the item sees; return 0 if there are none."""
+    first, end = j1, j0
+    for r in range(rows):
+        at = space + call.row_runs_at + r * call.run_count * 8
+        first = min(first, max(load_int32(at), j0))
+        end = max(end, min(load_int32(at + 8 * call.run_count - 4), j1))
+    for n in range((first - j0) // lanes, (end - j0 + lanes - 1) // lanes):
+        store_byte(union + n, SOME)
+    return 1 if end > first else 0
+
+
+@compiled
 def _copy_values(call, space, values, j0, j1, column, unit):
     """Copy values j0 to j1 to the workspace, from column `column` of the tile on, rows that are not finite as zeros."""
     word = word_bytes(unit)
@@ -220,7 +235,9 @@ def _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j
     for n in range(vectors):
         store_byte(union + n, NONE)
     seen = 0
-    for g in range(groups):
+    if call.runs_hook:
+        seen = _mark_runs(call, space, union, groups * call.group_rows, j0, j1, lanes)
+    for g in range(0 if call.runs_hook else groups):
         i0 = i_first + g % head_groups * call.group_rows
         i1 = min(i0 + call.group_rows, i_end)
         seen |= _classify(call, kinds + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
@@ -284,7 +301,7 @@ def _list_runs(runs, kinds, columns, lanes):
 def _products(call, space, queries, first, end, rows, unit):
     """Fill columns `first` to `end` (whole vectors) of the strip with q . k, three vectors at a time, two or one at the end."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    length, depth, keys_row = call.key_tile, call.depth, call.keys_row
+    length, depth, keys_row = call.strip_row, call.depth, call.keys_row
     tiled = _tiled_rows(rows)
     for column in range(first, end, VECTORS * lanes):
         packed = space + call.keys_at + column * word
@@ -313,7 +330,7 @@ def _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, un
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
     vectors = (j1 - j0 + lanes - 1) // lanes
-    strip, length = space + call.scores_at, call.key_tile
+    strip, length = space + call.scores_at, call.strip_row
     for run in range(count):
         _products(call, space, queries, load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4), rows, unit)
     n = 0
@@ -330,6 +347,102 @@ def _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, un
             store_number(number, strip + (r * length + j) * word, -np.inf)
 
 
+# -- Strips: a few rows that see short stretches of keys each ------------------------------------------------------------------
+
+
+@compiled
+def _load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
+    """Ask the runs hook what each row of the item sees; rows to spare see nothing."""
+    for g in range(groups):
+        for r in range(call.group_rows):
+            i = i_first + g % head_groups * call.group_rows + r
+            at = space + call.row_runs_at + (g * call.group_rows + r) * call.run_count * 8
+            if i < i_end:
+                call_runs(call.runs_hook, b, h0 + g // head_groups, i, call.run_count, at, call.parameters)
+            else:
+                for n in range(call.run_count):
+                    store_int32(at + 8 * n, call.N)
+                    store_int32(at + 8 * n + 4, 0)
+
+
+@compiled
+def _list_spans(call, space, kinds, g, rows, j0, j1, lanes):
+    """List the stretches of the tile that the strip's rows see together, ascending and apart; mark the vectors they touch."""
+    spans, row_runs = space + call.spans_at, space + call.row_runs_at + g * call.group_rows * call.run_count * 8
+    for n in range((j1 - j0 + lanes - 1) // lanes):
+        store_byte(kinds + n, NONE)
+    count = 0
+    before = 0
+    for n in range(call.run_count):
+        first, end = j1, j0
+        for r in range(rows):
+            at = row_runs + (r * call.run_count + n) * 8
+            one, stop = max(load_int32(at), j0), min(load_int32(at + 4), j1)
+            if stop > one:
+                first, end = min(first, one), max(end, stop)
+        if end <= first:
+            continue
+        first, end = max(first - j0, before), end - j0
+        if end <= first:
+            continue
+        store_int32(spans + 8 * count, first)
+        store_int32(spans + 8 * count + 4, end)
+        count += 1
+        before = end
+        for vector in range(first // lanes, (end + lanes - 1) // lanes):
+            store_byte(kinds + vector, SOME)
+    return count
+
+
+@compiled
+def _strip_scores(call, space, queries, kinds, spans, count, b, h, i0, g, rows, j0, j1, unit):
+    """Fill the strip with the scores that rows see, minus infinity around them."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
+    strip, length = space + call.scores_at, call.strip_row
+    for span in range(count):
+        for column in range(load_int32(spans + 8 * span), load_int32(spans + 8 * span + 4), lanes):
+            packed = space + call.keys_at + column * word
+            strip_scores(unit, queries, call.depth, packed, call.keys_row, strip + column * word, length, call.depth)
+    if call.modify_hook:
+        n = 0
+        while n < vectors:
+            end = _run_end(kinds, n, vectors)
+            if load_byte(kinds + n):
+                first, last = j0 + n * lanes, min(j0 + end * lanes, j1)
+                at = strip + n * lanes * word
+                call_edit(call.modify_hook, at, length, b, h, i0, rows, first, last - first, call.parameters)
+            n = end
+    for r in range(rows):
+        _exclude_around(call, space, kinds, strip + r * length * word, g * call.group_rows + r, vectors, j0, j1, number)
+
+
+@compiled
+def _exclude_around(call, space, kinds, row, local, vectors, j0, j1, number):
+    """Set to minus infinity all scores of one row but those it sees: these are put aside and back."""
+    lanes, word = vector_length(number), word_bytes(number)
+    runs, kept = space + call.row_runs_at + local * call.run_count * 8, space + call.kept_at
+    at = kept
+    for n in range(call.run_count):
+        first, end = max(load_int32(runs + 8 * n), j0), min(load_int32(runs + 8 * n + 4), j1)
+        for j in range(first, end, lanes):
+            keep_first(number, at, row + (j - j0) * word, end - j, -np.inf)
+            at += lanes * word
+    for n in range(vectors):
+        if load_byte(kinds + n):
+            row_fill(number, row + n * lanes * word, lanes, -np.inf)
+    at = kept
+    for n in range(call.run_count):
+        first, end = max(load_int32(runs + 8 * n), j0), min(load_int32(runs + 8 * n + 4), j1)
+        for j in range(first, end, lanes):
+            put_first(number, row + (j - j0) * word, at, end - j)
+            at += lanes * word
+
+
+# -- Weights and values --------------------------------------------------------------------------------------------------------
+
+
 @compiled
 def _note_seen(call, space, kinds, rows, special, unit):
     """For each special key, note which rows see it: those whose final score is not minus infinity."""
@@ -340,7 +453,7 @@ def _note_seen(call, space, kinds, rows, special, unit):
         for r in range(rows):
             seen = 0
             if load_byte(kinds + column // lanes):
-                score = load_number(number, space + call.scores_at + (r * call.key_tile + column) * word)
+                score = load_number(number, space + call.scores_at + (r * call.strip_row + column) * word)
                 seen = 0 if score == -np.inf else 1
             store_byte(space + call.seen_at + n * call.group_rows + r, seen)
 
@@ -369,7 +482,7 @@ def _softmax(call, space, runs, count, g, rows, unit):
     """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
-    strip, length = space + call.scores_at, call.key_tile
+    strip, length = space + call.scores_at, call.strip_row
     state = g * call.state_rows * word
     tops = space + call.rows_at
     shifts, shrinks = tops + call.state_rows * word, tops + 2 * call.state_rows * word
@@ -404,9 +517,9 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
     base, values_row = space + call.values_at, call.value_width
     if call.values_in_place and not special:
         base, values_row = values + j0 * call.v_j, call.v_j // word
-    weights, weights_row = space + call.scores_at, call.key_tile
+    weights, weights_row = space + call.scores_at, call.strip_row
     if is_pairs(unit):
-        weights, weights_row = space + call.pairs_at, call.key_tile // 2
+        weights, weights_row = space + call.pairs_at, call.strip_row // 2
     width = call.value_width
     tiled = _tiled_rows(rows)
     e = 0
@@ -415,6 +528,14 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
         vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
         b = base + e * word
         c = space + call.out_at + (local * width + e) * word
+        if call.runs_hook:
+            vectors = min(left, 2)
+            if vectors == 2:
+                strip_values_2(unit, weights, weights_row, b, values_row, c, width, runs, count)
+            else:
+                strip_values_1(unit, weights, weights_row, b, values_row, c, width, runs, count)
+            e += vectors * lanes
+            continue
         for r in range(0, tiled, ROWS):
             a, to = weights + r * weights_row * word, c + r * width * word
             if vectors == 3:
@@ -446,10 +567,10 @@ def _add_special(call, space, values, local, rows, j0, special, unit):
             if not load_byte(space + call.seen_at + n * call.group_rows + r):
                 continue
             if is_pairs(unit):
-                read_brain_number(number, scratch, space + call.pairs_at + (r * call.key_tile + column) * 2)
+                read_brain_number(number, scratch, space + call.pairs_at + (r * call.strip_row + column) * 2)
                 weight = load_number(number, scratch)
             else:
-                weight = load_number(number, space + call.scores_at + (r * call.key_tile + column) * word)
+                weight = load_number(number, space + call.scores_at + (r * call.strip_row + column) * word)
             at = space + call.out_at + (local + r) * call.value_width * word
             for e in range(call.E):
                 _read_row(scratch, values + (j0 + column) * call.v_j + e * call.v_e, call.v_e, 1, call, number)
@@ -526,7 +647,7 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
         if largest == -np.inf:
             continue
         to = call.weights + (((b * call.H + h) * call.M + i0 + r) * call.N + j0) * word
-        row = space + call.scores_at + r * call.key_tile * word
+        row = space + call.scores_at + r * call.strip_row * word
         for n in range((j1 - j0 + lanes - 1) // lanes):
             if load_byte(kinds + n):
                 vector_to_weights(number, row + n * lanes * word, row + n * lanes * word, space + call.sums_at, lanes, factor, largest)
@@ -553,6 +674,8 @@ def _attend(call, space, item, unit):
     values = call.v + b * call.v_b + hk * call.v_h
     _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     _reset(call, space, groups, unit)
+    if call.runs_hook:
+        _load_runs(call, space, b, h0, groups, head_groups, i_first, i_end)
     for j0 in range(0, call.N, call.key_tile):
         j1 = min(j0 + call.key_tile, call.N)
         special = _prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit)
@@ -561,20 +684,25 @@ def _attend(call, space, item, unit):
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
-            kinds = space + call.kinds_at + g * most
+            kinds, runs, spans = space + call.kinds_at + g * most, space + call.runs_at, space + call.spans_at
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
-            runs = space + call.runs_at
+            if call.runs_hook:
+                span_count = _list_spans(call, space, kinds, g, rows, j0, j1, lanes)
             count = _list_runs(runs, kinds, j1 - j0, lanes)
             if not count:
                 continue
-            _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+            if call.runs_hook:
+                _strip_scores(call, space, queries, kinds, spans, span_count, b, h, i0, g, rows, j0, j1, unit)
+            else:
+                spans, span_count = runs, count
+                _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
             if special:
                 _note_seen(call, space, kinds, rows, special, unit)
             _softmax(call, space, runs, count, g, rows, unit)
             if call.dropout_hook:
                 at = space + call.scores_at
-                call_edit(call.dropout_hook, at, call.key_tile, b, h, i0, rows, j0, j1 - j0, call.parameters)
-            _weighted_values(call, space, values, runs, count, local, rows, j0, special, unit)
+                call_edit(call.dropout_hook, at, call.strip_row, b, h, i0, rows, j0, j1 - j0, call.parameters)
+            _weighted_values(call, space, values, spans, span_count, local, rows, j0, special, unit)
             if special:
                 _add_special(call, space, values, local, rows, j0, special, unit)
     for g in range(groups):
@@ -596,11 +724,14 @@ def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end,
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
-            kinds = space + call.kinds_at + g * most
+            kinds, runs, spans = space + call.kinds_at + g * most, space + call.runs_at, space + call.spans_at
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
-            runs = space + call.runs_at
-            count = _list_runs(runs, kinds, j1 - j0, vector_length(unit))
-            _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+            if call.runs_hook:
+                count = _list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit))
+                _strip_scores(call, space, queries, kinds, spans, count, b, h, i0, g, rows, j0, j1, unit)
+            else:
+                count = _list_runs(runs, kinds, j1 - j0, vector_length(unit))
+                _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
             _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit)
 
 

@@ -499,6 +499,26 @@ def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None
     builder.ret(builder.add(builder.zext(found, I64), builder.zext(builder.and_(found, full), I64)))
 
 
+def emit_runs(module, name, number, params, first: Node, end: Node) -> None:
+    """A hook that lists the stretches of keys (rows of k) that a query sees, as pairs of int32 (first, end).
+
+    name(b, h, row of q, number of stretches, address to write to, parameter block).
+    """
+    hook = Hook(module, name, 6, False, number, params)
+    builder = hook.builder
+    b, h, i, count, to, _ = hook.function.args
+    b, h = hook.small(b), hook.small(h)
+    offsets = hook.offsets(b)
+    symbols = _row_symbols(hook, b, h, hook.small(i), offsets)
+    loop = Loop(builder, count, 1, [])
+    emit = hook.emitter({**symbols, "n": hook.small(loop.index)})
+    at = builder.add(to, builder.mul(loop.index, ir.Constant(I64, 8)))
+    for offset, node in ((0, first), (4, end)):
+        emit.store(builder.sub(emit.value(node), offsets[1]), at, offset)
+    loop.close([])
+    builder.ret_void()
+
+
 # -- Compilation ---------------------------------------------------------------------------------------------------------------
 
 _engines: dict[str, tuple[object, dict[str, int]]] = {}  # an engine must live as long as its addresses

@@ -56,6 +56,8 @@ class Call(NamedTuple):
     edit_hook: int  # scale, modifiers and mask, for SOME tiles; 0: nothing to do
     modify_hook: int  # scale and modifiers, for ALL tiles; 0: nothing to do
     dropout_hook: int  # 0: none
+    runs_hook: int  # lists the stretches of keys that a query sees; 0: the tile hook says what is seen
+    run_count: int
     parameters: int
     head_sets: int  # sets of query heads that one key head serves
     set_heads: int  # query heads in a set; more than 1 only where a head has few rows
@@ -66,6 +68,7 @@ class Call(NamedTuple):
     key_tile: int  # keys in a tile, a multiple of the panel width
     depth: int  # words in a row of q: D, or pairs
     depth_padded: int  # in whole vectors
+    strip_row: int  # scores from one row of the strip to the next
     keys_row: int  # words from one row of the transposed keys to the next
     value_width: int  # E in whole vectors
     values_in_place: int  # whether V is read where it lies
@@ -82,6 +85,9 @@ class Call(NamedTuple):
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
     runs_at: int  # int32 pairs: first and end of each stretch of keys that a group sees
+    spans_at: int  # int32 pairs: stretches of keys that the rows of a strip see together
+    row_runs_at: int  # int32 pairs (row, run): stretches of keys (rows of k) that each row sees
+    kept_at: int  # one row of scores, while all around them are excluded
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
     factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale

@@ -164,6 +164,11 @@ score_row_3, score_row_1 = (_score_tile(1, n) for n in (3, 1))
 value_tile_3, value_tile_2, value_tile_1 = (_value_tile(TILE_ROWS, n) for n in (3, 2, 1))
 value_row_3, value_row_2, value_row_1 = (_value_tile(1, n) for n in (3, 2, 1))
 
+# Strips of a few rows, for masks whose rows see short stretches of keys each.
+STRIP_ROWS = 4
+strip_scores = _score_tile(STRIP_ROWS, 1)
+strip_values_2, strip_values_1 = (_value_tile(STRIP_ROWS, n) for n in (2, 1))
+
 
 # -- Rows of scores ----------------------------------------------------------------------------------------------------------
 
@@ -255,6 +260,33 @@ def _gather_totals(v: Vectors, unit, totals, shrinks, added, rows):
     loop.close([])
 
 
+def _keep_first(v: Vectors, unit, to, source, count, rest):
+    builder = v.builder
+    inside = _first_lanes(v, count)
+    v.store(builder.select(inside, v.load(source), v.splat(rest)), to)
+
+
+def _put_first(v: Vectors, unit, to, source, count):
+    builder = v.builder
+    pointer = v.pointer(to)
+    name = f"llvm.masked.store.v{v.lanes}{v.suffix}.p0"
+    inside = _first_lanes(v, count)
+    args = [v.load(source), pointer, ir.Constant(I32, 1), inside]
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [a.type for a in args]), name)
+    builder.call(function, args)
+
+
+def _first_lanes(v: Vectors, count):
+    lanes = ir.Constant(ir.VectorType(I32, v.lanes), list(range(v.lanes)))
+    return v.builder.icmp_signed("<", lanes, v.splat(v.builder.trunc(count, I32)))
+
+
+# one vector: its first `count` numbers, and `rest` in the other lanes
+keep_first = _define(3, _keep_first, tail=(0,))
+# the first `count` numbers of a vector; memory beyond them is left alone
+put_first = _define(3, _put_first)
 # largest number of a row of scores (whole vectors) and `start`; NaN is passed over
 row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
 # weights[j] = 2**(row[j] * factor - shift), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
@@ -469,5 +501,6 @@ def _function_pointer(count: int, returns: bool):
 
 
 call_edit = _function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
+call_runs = _function_pointer(6, False)  # (b, h, row of q, number of runs, address to write to, parameters)
 call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2
 call_worker = _function_pointer(2, False)  # (state, worker number)

@@ -11,7 +11,7 @@ __all__ = ["print_table"]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to standard output, its first column aligned left and the others right.
+    """Print a table to standard output, columns of numbers aligned right and the others left.
 
     Parameters
     ----------
@@ -24,7 +24,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        numeric = any(row[number][:1].isdigit() for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, markup=False)

@@ -93,7 +93,7 @@ def _map(path: str | Path, name: str, start: int, entry: dict[str, Any]) -> np.n
 def _dtype(name: str, code: str) -> np.dtype:
     if code == "BF16":
         try:
-            from attn_numba.integrations.bfloat16 import bfloat16
+            from attn_numba.integrations.ml_dtypes import bfloat16
         except ImportError:
             raise ImportError(f"{name} is bfloat16: it needs the package ml_dtypes (pip install ml_dtypes)") from None
         return bfloat16

@@ -11,7 +11,7 @@ import numpy as np
 from attn_numba.rules.data import AnyArray, as_array, fitted, frozen
 from attn_numba.rules.formula import Binder, Node, Param, lift, symbol
 from attn_numba.rules.interval import check, interval, known
-from attn_numba.rules.places import SYMBOLS, Places, Sizes
+from attn_numba.rules.places import Places, Sizes
 
 
 class MaskFormula(NamedTuple):
@@ -79,25 +79,28 @@ class Rule:
             arguments = leaf.arguments(sizes)
             if empty:
                 continue
-            ranges = {
-                "b": (0, sizes.B - 1),
-                "h": (0, sizes.H - 1),
-                "i": (int(np.min(query_offset)), int(np.max(query_offset)) + sizes.M - 1),
-                "j": (int(np.min(key_offset)), int(np.max(key_offset)) + sizes.N - 1),
-                "row_i": (0, sizes.M - 1),
-                "row_j": (0, sizes.N - 1),
-            }
+            ranges = _ranges(sizes, query_offset, key_offset)
+            leaf._check_places(ranges)
             binder = Binder()
             for formula in leaf._formulas(binder.bind(arguments)):
                 check(formula, ranges, binder.params, type(leaf).__name__)
-            leaf._check_places(ranges)
 
     def _formulas(self, p: tuple[Any, ...]) -> Iterator[Node]:
-        """Yield the formulas of this rule's own functions, for `check`."""
+        """Yield the formulas to check; none if the rule itself makes sure that they cannot go wrong."""
         yield from ()
 
     def _check_places(self, ranges: dict[str, tuple[int, int]]) -> None:
         """Check what a rule demands of the places themselves."""
+
+
+def _ranges(sizes: Sizes, query_offset: Any, key_offset: Any) -> dict[str, tuple[int, int]]:
+    """First and last value of each symbol in a call, and of the ends of its tiles."""
+    ranges = {"b": (0, sizes.B - 1), "h": (0, sizes.H - 1)}
+    for name, length, offset in (("i", sizes.M, query_offset), ("j", sizes.N, key_offset)):
+        first, last = int(np.min(offset)), int(np.max(offset)) + length - 1
+        ranges[name], ranges[f"row_{name}"] = (first, last), (0, length - 1)
+        ranges[f"{name}0"], ranges[f"{name}1"] = (first, last), (first + 1, last + 1)
+    return ranges
 
 
 class Mask(Rule):
@@ -111,6 +114,14 @@ class Mask(Rule):
 
     allowed: Callable[..., Any]
     tile: Callable[..., Any] | None = None
+    run_count: int = 0
+
+    def run(self, b: Any, h: Any, i: Any, n: Any, p: Any) -> tuple[Any, Any]:
+        """Return first and end of stretch n of the keys of query i: all that it may attend to are in `run_count` such stretches.
+
+        Only for masks whose queries see a fixed number of short stretches, in ascending order; `run_count` is 0 for others.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not list its keys in stretches")
 
     def evaluate(self, places: Places, sizes: Sizes) -> AnyArray:
         """Return whether each place is allowed: a boolean array that broadcasts to (B, H, M, N)."""
@@ -128,9 +139,6 @@ class Mask(Rule):
     def _tile_symbols(self) -> tuple[Node, ...]:
         prefix = "" if self.positional else "row_"
         return tuple(symbol(prefix + end) for end in ("i0", "i1", "j0", "j1"))
-
-    def _formulas(self, p: tuple[Any, ...]) -> Iterator[Node]:
-        yield lift(self.allowed(*self._at(SYMBOLS), p))
 
     def __and__(self, other: object) -> Mask:
         return AllOf(_joined(AllOf, self, _operand("&", other)))
@@ -182,11 +190,22 @@ class Dense(Mask):
     array: AnyArray
 
     def __post_init__(self) -> None:
-        array = as_array(self.array, "Dense", "array")
-        _require_boolean(array, "Dense: array")
-        if array.ndim > 4:
-            raise ValueError(f"Dense: array has {array.ndim} axes; needed at most 4, (B, H, M, N)")
-        object.__setattr__(self, "array", frozen(array))
+        object.__setattr__(self, "array", as_array(self.array, "Dense", "array"))
+        self._require()
+        object.__setattr__(self, "array", frozen(self.array))
+
+    @classmethod
+    def borrowing(cls, array: AnyArray) -> Dense:
+        """Return the mask of an array without a copy, for one call; the array stays its owner's."""
+        mask = object.__new__(cls)
+        object.__setattr__(mask, "array", array)
+        mask._require()
+        return mask
+
+    def _require(self) -> None:
+        _require_boolean(self.array, "Dense: array")
+        if self.array.ndim > 4:
+            raise ValueError(f"Dense: array has {self.array.ndim} axes; needed at most 4, (B, H, M, N)")
 
     def arguments(self, sizes: Sizes) -> tuple[Param, ...]:
         return (fitted("Dense", "array", self.array, "BHMN", sizes),)
@@ -272,14 +291,23 @@ def _joined(kind: type[_Joined], *masks: Mask) -> tuple[Mask, ...]:
 
 
 def _operand(sign: str, x: object) -> Mask:
-    mask = as_mask(x, f"the other side of {sign}")
+    mask = as_mask(x, f"the other side of {sign}", keep=True)
     if mask is None:
         raise TypeError(f"the other side of {sign} is None; needed a mask rule or a boolean array")
     return mask
 
 
-def as_mask(x: object, name: str = "mask") -> Mask | None:
+def as_mask(x: object, name: str = "mask", keep: bool = False) -> Mask | None:
     """Return a mask for what a call may be given as one: None, a mask rule, or a boolean array.
+
+    Parameters
+    ----------
+    x : object
+        What was given.
+    name : str
+        What to call it in messages.
+    keep : bool
+        Whether the mask outlives the call, so that an array must be copied.
 
     Raises
     ------
@@ -298,7 +326,7 @@ def as_mask(x: object, name: str = "mask") -> Mask | None:
         raise TypeError(f"{name} is {x!r}; needed a mask rule such as Causal(), or a boolean array")
     array = as_array(x, name)
     _require_boolean(array, name)
-    return Dense(array)
+    return Dense(array) if keep else Dense.borrowing(array)
 
 
 def _require_boolean(array: AnyArray, name: str) -> None:

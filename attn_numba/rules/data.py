@@ -165,5 +165,7 @@ def _custom_param(rule: str, name: str, x: object) -> Param:
     if array.dtype.kind == "c":
         raise TypeError(f"{rule}: {name} is complex; needed real numbers")
     if array.dtype.kind == "b":
-        return frozen(array.reshape(1) if array.ndim == 0 else array)
+        if array.ndim == 0:
+            raise TypeError(f"{rule}: {name} is {x}; needed a number: pass {int(array)} and compare")
+        return frozen(array)
     return frozen(array, np.float64 if array.dtype.name not in ("float16", "bfloat16", "float32") else np.float32)

@@ -20,7 +20,7 @@ COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 LOGICAL = ("&", "|", "~")
 REAL = ("/", "exp", "log", "tanh", "sqrt")
 INT_LOW, INT_HIGH = -(2**31), 2**31 - 1
-TABLE_LIMIT = 2**18  # elements; an array larger than this gets no range tables (they are 2 log2(N) times its size)
+TABLE_LIMIT = 2**27  # bytes of range tables, 2 log2(N) times the size of their array; larger ones are not made
 
 UFUNCS = {
     "add": "+",
@@ -80,6 +80,15 @@ NUMPY: dict[str, Callable[..., Any]] = {
 }
 
 
+def _unary(op: str) -> Callable[[Node], Node]:
+    return lambda self: node(op, self)
+
+
+def _binary(op: str) -> tuple[Callable[[Node, object], Node], Callable[[Node, object], Node]]:
+    """Return the methods of an operator, with the node on the left and on the right."""
+    return lambda self, other: node(op, self, other), lambda self, other: node(op, other, self)
+
+
 @dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Node:
     """A number of a rule that is not known yet: an operation on other such numbers.
@@ -105,17 +114,7 @@ class Node:
     data: Any = None
 
     def __repr__(self) -> str:
-        if self.op in ("const", "symbol"):
-            return str(self.data)
-        if self.op == "number":
-            return f"p{self.data}"
-        if self.op == "load":
-            return f"p{self.data.n}[{', '.join(map(repr, self.args))}]"
-        if self.op == "cast":
-            return f"{self.kind}({self.args[0]!r})"
-        if len(self.args) == 2 and not self.op.isalpha():
-            return f"({self.args[0]!r} {self.op} {self.args[1]!r})"
-        return f"{self.op}({', '.join(map(repr, self.args))})"
+        return _text(self)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: object, **options: object) -> Node:
         if method != "__call__" or ufunc.__name__ not in UFUNCS or options:
@@ -165,80 +164,62 @@ class Node:
     __rpow__ = __pow__
     __hash__ = object.__hash__
 
-    def __neg__(self) -> Node:
-        return node("neg", self)
+    __neg__ = _unary("neg")
+    __abs__ = _unary("abs")
+    __invert__ = _unary("~")
+    __add__, __radd__ = _binary("+")
+    __sub__, __rsub__ = _binary("-")
+    __mul__, __rmul__ = _binary("*")
+    __truediv__, __rtruediv__ = _binary("/")
+    __floordiv__, __rfloordiv__ = _binary("//")
+    __mod__, __rmod__ = _binary("%")
+    __and__, __rand__ = _binary("&")
+    __or__, __ror__ = _binary("|")
+    __lt__, __gt__ = _binary("<")[0], _binary(">")[0]
+    __le__, __ge__ = _binary("<=")[0], _binary(">=")[0]
+    __eq__, __ne__ = _binary("==")[0], _binary("!=")[0]  # type: ignore[assignment]
 
-    def __abs__(self) -> Node:
-        return node("abs", self)
 
-    def __invert__(self) -> Node:
-        return node("~", self)
+def _text(formula: Node) -> str:
+    """Return the formula in words; what is used more than once is named, so the length is that of the formula."""
+    uses: dict[int, int] = {}
 
-    def __add__(self, other: object) -> Node:
-        return node("+", self, other)
+    def count(x: Node) -> None:
+        uses[id(x)] = uses.get(id(x), 0) + 1
+        if uses[id(x)] == 1:
+            for a in x.args:
+                count(a)
 
-    def __radd__(self, other: object) -> Node:
-        return node("+", other, self)
+    names: dict[int, str] = {}
+    definitions: list[str] = []
 
-    def __sub__(self, other: object) -> Node:
-        return node("-", self, other)
+    def text(x: Node) -> str:
+        if id(x) in names:
+            return names[id(x)]
+        words = _operation(x, [text(a) for a in x.args])
+        if uses[id(x)] > 1 and x.args:
+            names[id(x)] = f"t{len(names)}"
+            definitions.append(f"{names[id(x)]} = {words}")
+            return names[id(x)]
+        return words
 
-    def __rsub__(self, other: object) -> Node:
-        return node("-", other, self)
+    count(formula)
+    result = text(formula)
+    return "; ".join([*definitions, result])
 
-    def __mul__(self, other: object) -> Node:
-        return node("*", self, other)
 
-    def __rmul__(self, other: object) -> Node:
-        return node("*", other, self)
-
-    def __truediv__(self, other: object) -> Node:
-        return node("/", self, other)
-
-    def __rtruediv__(self, other: object) -> Node:
-        return node("/", other, self)
-
-    def __floordiv__(self, other: object) -> Node:
-        return node("//", self, other)
-
-    def __rfloordiv__(self, other: object) -> Node:
-        return node("//", other, self)
-
-    def __mod__(self, other: object) -> Node:
-        return node("%", self, other)
-
-    def __rmod__(self, other: object) -> Node:
-        return node("%", other, self)
-
-    def __and__(self, other: object) -> Node:
-        return node("&", self, other)
-
-    def __rand__(self, other: object) -> Node:
-        return node("&", other, self)
-
-    def __or__(self, other: object) -> Node:
-        return node("|", self, other)
-
-    def __ror__(self, other: object) -> Node:
-        return node("|", other, self)
-
-    def __lt__(self, other: object) -> Node:
-        return node("<", self, other)
-
-    def __le__(self, other: object) -> Node:
-        return node("<=", self, other)
-
-    def __gt__(self, other: object) -> Node:
-        return node(">", self, other)
-
-    def __ge__(self, other: object) -> Node:
-        return node(">=", self, other)
-
-    def __eq__(self, other: object) -> Node:  # type: ignore[override]
-        return node("==", self, other)
-
-    def __ne__(self, other: object) -> Node:  # type: ignore[override]
-        return node("!=", self, other)
+def _operation(x: Node, args: list[str]) -> str:
+    if x.op in ("const", "symbol"):
+        return str(x.data)
+    if x.op == "number":
+        return f"p{x.data}"
+    if x.op == "load":
+        return f"p{x.data.n}[{', '.join(args)}]"
+    if x.op == "cast":
+        return f"{x.kind}({args[0]})"
+    if len(args) == 2 and not x.op.isalpha():
+        return f"({args[0]} {x.op} {args[1]})"
+    return f"{x.op}({', '.join(args)})"
 
 
 @dataclass(frozen=True)
@@ -399,7 +380,8 @@ class Binder:
         """
         array: Array = load.data
         data = self.params[array.n]
-        if not isinstance(data, np.ndarray) or data.size > TABLE_LIMIT:
+        assert isinstance(data, np.ndarray)
+        if 2 * _core(data).nbytes * data.shape[-1].bit_length() > TABLE_LIMIT:
             return None
         if array.n not in self._tables:
             minima, maxima = self.bind(range_tables(data))
@@ -436,10 +418,11 @@ def range_tables(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.
     """
     length = array.shape[-1]
     levels = max(length, 1).bit_length()
+    core = _core(array)
     tables = []
     for extreme in (np.minimum, np.maximum):
-        table = np.empty((*array.shape[:-1], levels, length), array.dtype)
-        table[..., 0, :] = array
+        table = np.empty((*core.shape[:-1], levels, length), array.dtype)
+        table[..., 0, :] = core
         for level in range(1, levels):
             half = 2 ** (level - 1)
             table[..., level, :] = table[..., level - 1, :]
@@ -448,8 +431,13 @@ def range_tables(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.
                 table[..., level - 1, half:],
                 out=table[..., level, : length - half],
             )
-        tables.append(table)
+        tables.append(np.broadcast_to(table, (*array.shape[:-1], levels, length)))
     return tables[0], tables[1]
+
+
+def _core(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return what differs of an array: leading axes of stride 0 (broadcast) cut to length 1."""
+    return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides[:-1])]
 
 
 def _least(a: Node, b: Node) -> Node:

@@ -5,7 +5,7 @@ In the formulas below `i` and `j` are positions for the rules marked positional 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from attn_numba.rules.data import (
     require_kind,
     whole_number,
 )
-from attn_numba.rules.formula import Binder, Param
+from attn_numba.rules.formula import Binder, Node, Param, lift
 from attn_numba.rules.places import SYMBOLS, Sizes
 
 __all__ = [
@@ -423,6 +423,33 @@ class Neighborhood(Mask):
             result = within if result is None else result & within
         return result
 
+    @property
+    def run_count(self) -> int:
+        """Rows of the grid that a query's neighbors lie in; 0 unless they are short stretches side by side in their row."""
+        if len(self.shape) == 1 or self.dilation[-1] > 1 or 3 * self.size[-1] > self.shape[-1]:
+            return 0
+        return int(np.prod(self.size[:-1]))
+
+    def run(self, b: Any, h: Any, i: Any, n: Any, p: Any) -> tuple[Any, Any]:
+        """Return first and end of the neighbors of query position i in row n of its window."""
+        axes = len(self.shape)
+        at, step = 0, 1
+        for axis in reversed(range(axes)):
+            length, size, dilation = p[axis], p[axis + axes], p[axis + 2 * axes]
+            x = i % length if axis else i
+            i = i // length
+            group = 0
+            if self.dilation[axis] > 1:
+                group, x = x % dilation, x // dilation
+                y = np.maximum(np.minimum(x - size // 2, (length - group + dilation - 1) // dilation - size), 0)
+            else:
+                y = np.maximum(np.minimum(x - size // 2, length - size), 0)
+            if axis < axes - 1:
+                y, n = y + n % size, n // size
+            at = at + step * (group + y * dilation)
+            step = step * length
+        return at, at + p[2 * axes - 1]
+
     def _check_places(self, ranges: dict[str, tuple[int, int]]) -> None:
         count = int(np.prod(self.shape))
         for name, (first, last) in (("query", ranges["i"]), ("key", ranges["j"])):
@@ -487,3 +514,8 @@ class CustomMask(Mask):
 
     def arguments(self, sizes: Sizes) -> tuple[Param, ...]:
         return self.params
+
+    def _formulas(self, p: tuple[Any, ...]) -> Iterator[Node]:
+        yield lift(self.allowed(*self._at(SYMBOLS), p))
+        if self.tile is not None:
+            yield lift(self.tile(SYMBOLS.b, SYMBOLS.h, *self._tile_symbols(), p))

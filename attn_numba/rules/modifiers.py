@@ -71,11 +71,6 @@ class Modifier(Rule):
             return None
         return lift(self.excludes(*self._at(places), binder.bind(self.arguments(sizes))))
 
-    def _formulas(self, p: tuple[Any, ...]) -> Iterator[Node]:
-        yield cast(self.apply(symbol("s", "float"), *self._at(SYMBOLS), p), "float")
-        if self.slope is not None:
-            yield cast(self.slope(symbol("s", "float"), *self._at(SYMBOLS), p), "float")
-
 
 def _in_dtype(param: Param, dtype: np.dtype[Any]) -> Param:
     is_real = isinstance(param, np.ndarray) and param.dtype.kind == "f"
@@ -278,7 +273,7 @@ class ReplaceExcluded(Modifier):
     value: float
 
     def __post_init__(self) -> None:
-        mask = as_mask(self.mask, "ReplaceExcluded: mask")
+        mask = as_mask(self.mask, "ReplaceExcluded: mask", keep=True)
         if mask is None:
             raise TypeError("ReplaceExcluded: mask is None; needed a mask rule or a boolean array")
         value = real_number("ReplaceExcluded", "value", self.value)
@@ -300,9 +295,6 @@ class ReplaceExcluded(Modifier):
     def formula(self, s: Node, places: Places, sizes: Sizes, binder: Binder) -> Node:
         (value,) = binder.bind(self.arguments(sizes))
         return select(self.mask.formula(places, sizes, binder).allowed, s, value)
-
-    def _formulas(self, p: tuple[Any, ...]) -> Iterator[Node]:
-        yield from ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,6 +345,11 @@ class CustomModifier(Modifier):
 
     def arguments(self, sizes: Sizes) -> tuple[Param, ...]:
         return self.params
+
+    def _formulas(self, p: tuple[Any, ...]) -> Iterator[Node]:
+        for function in (self.apply, self.slope):
+            if function is not None:
+                yield cast(function(symbol("s", "float"), *self._at(SYMBOLS), p), "float")
 
 
 @dataclass(frozen=True, eq=False)
