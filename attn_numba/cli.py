@@ -69,7 +69,7 @@ def _info(arguments: argparse.Namespace) -> int:
     states = {name: ("yes" if available else "no", reason) for name, (available, reason) in backends().items()}
     for section, settings in (sections | {"backends": states}).items():
         print(section)
-        width = max(len(setting) for setting in settings)
+        width = max((len(setting) for setting in settings), default=0)
         for setting, (value, source) in settings.items():
             print(f"  {setting:<{width}}  {value}" + (f"  ({source})" if source else ""))
     return 0

@@ -24,8 +24,8 @@ from attn_numba.rules import Dot, Dropout, Sizes, Softmax, as_mask, as_modifiers
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 FIELDS = ("out", "lse", "weights")
-RESULTS = {
-    fields: namedtuple("Attention", fields)  # type: ignore[misc]
+RESULTS: dict[tuple[str, ...], Any] = {
+    fields: namedtuple("Attention", fields)
     for fields in (("out", "lse"), ("out", "weights"), ("out", "lse", "weights"))
 }
 
@@ -115,8 +115,10 @@ def attention(
     mask, modifiers = as_mask(mask), as_modifiers(modifiers)
     score = _instance("score", score, Dot)
     normalizer = _instance("normalizer", normalizer, Softmax)
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout is {type(dropout).__name__}; needed Dropout(rate, seed)")
     rules = (*modifiers, *([mask] if mask is not None else []))
-    positional = any(rule.uses_positions for rule in rules) or dropout is not None
+    positional = any(rule.uses_positions for rule in (*rules, *([dropout] if dropout is not None else [])))
     query_offset, key_offset = _offsets(query_offset, key_offset, sizes, positional)
     for rule in rules:
         rule.check(sizes, query_offset, key_offset)

@@ -98,9 +98,11 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
     depth = (D + 1) // 2 if unit.pairs else D
     padded, width = _up(depth, lanes), _up(E, lanes)
     tile = key_tile(unit, padded, width)
-    strip = tile + lanes
+    strip = tile + VECTORS * lanes
+    spans_row = 8 * (1 + run_count)
+    pieces_row = 8 * (1 + tile // lanes + run_count) if run_count else 0
 
-    group = STRIP_ROWS if run_count else M if M <= 2 else min(GROUP_ROWS, _up(M, TILE_ROWS))
+    group = M if M <= 2 and not run_count else min(GROUP_ROWS, _up(M, max(TILE_ROWS, STRIP_ROWS)))
     rows = _block_rows(B * Hk, H // Hk, M, group, most_threads)
     blocks = -(-M // rows)
     served = H // Hk
@@ -121,7 +123,8 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
         "sums_at": VECTORS * lanes * word,
         "scratch_at": lanes * scratch_row * word, "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
         "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
-        "spans_at": 8 * run_count, "row_runs_at": 8 * local * run_count, "kept_at": (tile + run_count * lanes) * word,
+        "spans_at": group // STRIP_ROWS * spans_row, "row_runs_at": 8 * local * run_count, "pieces_at": group * pieces_row,
+        "kept_at": group * pieces_row // 8 * lanes * word,
         "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
     found, size = {}, 0
@@ -131,6 +134,7 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
     found |= {
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows, "group_rows": group, "key_tile": tile,
         "state_rows": state_rows, "keys_row": keys_row, "strip_row": strip, "run_count": run_count,
+        "pieces_row": pieces_row, "spans_row": spans_row,
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip

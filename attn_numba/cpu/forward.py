@@ -40,7 +40,7 @@ row_is_finite, interleave, transpose = t.row_is_finite, t.interleave, t.transpos
 score_tile_3, score_tile_2, score_tile_1 = t.score_tile_3, t.score_tile_2, t.score_tile_1
 score_row_3, score_row_1 = t.score_row_3, t.score_row_1
 strip_scores, strip_values_2, strip_values_1 = t.strip_scores, t.strip_values_2, t.strip_values_1
-keep_first, put_first = t.keep_first, t.put_first
+keep_first, put_first, row_sums = t.keep_first, t.put_first, t.row_sums
 value_tile_3, value_tile_2, value_tile_1 = t.value_tile_3, t.value_tile_2, t.value_tile_1
 value_row_3, value_row_2, value_row_1 = t.value_row_3, t.value_row_2, t.value_row_1
 read_vector, read_half_vector, read_brain_vector = t.read_vector, t.read_half_vector, t.read_brain_vector
@@ -367,77 +367,189 @@ def _load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
 
 @compiled
 def _list_spans(call, space, kinds, g, rows, j0, j1, lanes):
-    """List the stretches of the tile that the strip's rows see together, ascending and apart; mark the vectors they touch."""
-    spans, row_runs = space + call.spans_at, space + call.row_runs_at + g * call.group_rows * call.run_count * 8
+    """For each strip of the group, list the stretches of the tile that its rows see together, ascending and apart; for each row, its
+    own pieces of at most a vector, as pairs (column, width). Mark the vectors they touch; return the most stretches of a strip."""
     for n in range((j1 - j0 + lanes - 1) // lanes):
         store_byte(kinds + n, NONE)
-    count = 0
-    before = 0
-    for n in range(call.run_count):
+    most = 0
+    for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
+        most = max(most, _list_strip(call, space, kinds, g, s, min(STRIP_ROWS, rows - s * STRIP_ROWS), j0, j1, lanes))
+    return most
+
+
+@compiled
+def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes):
+    """Make the lists of strip `s`; the list of its stretches begins with their number, which is returned."""
+    spans = space + call.spans_at + s * call.spans_row
+    pieces = space + call.pieces_at + s * STRIP_ROWS * call.pieces_row
+    row_runs = space + call.row_runs_at + (g * call.group_rows + s * STRIP_ROWS) * call.run_count * 8
+    low, high = call.run_count, 0
+    for r in range(rows):
+        at = row_runs + r * call.run_count * 8
+        n = 0
+        while n < call.run_count and load_int32(at + 8 * n + 4) <= j0:
+            n += 1
+        low = min(low, n)
+        n = call.run_count
+        while n > low and load_int32(at + 8 * n - 8) >= j1:
+            n -= 1
+        high = max(high, n)
+        store_int32(pieces + r * call.pieces_row, 0)
+    count = before = 0
+    for n in range(low, high):
         first, end = j1, j0
         for r in range(rows):
             at = row_runs + (r * call.run_count + n) * 8
             one, stop = max(load_int32(at), j0), min(load_int32(at + 4), j1)
             if stop > one:
                 first, end = min(first, one), max(end, stop)
-        if end <= first:
-            continue
+                _add_pieces(pieces + r * call.pieces_row, one - j0, stop - j0, lanes)
         first, end = max(first - j0, before), end - j0
-        if end <= first:
-            continue
-        store_int32(spans + 8 * count, first)
-        store_int32(spans + 8 * count + 4, end)
-        count += 1
-        before = end
-        for vector in range(first // lanes, (end + lanes - 1) // lanes):
-            store_byte(kinds + vector, SOME)
+        if end > first:
+            count += 1
+            store_int32(spans + 8 * count, first)
+            store_int32(spans + 8 * count + 4, end)
+            before = end
+            for vector in range(first // lanes, (end + lanes - 1) // lanes):
+                store_byte(kinds + vector, SOME)
+    store_int32(spans, count)
     return count
 
 
 @compiled
-def _strip_scores(call, space, queries, kinds, spans, count, b, h, i0, g, rows, j0, j1, unit):
-    """Fill the strip with the scores that rows see, minus infinity around them."""
-    number = accumulator(unit)
-    lanes, word = vector_length(unit), word_bytes(unit)
-    vectors = (j1 - j0 + lanes - 1) // lanes
-    strip, length = space + call.scores_at, call.strip_row
-    for span in range(count):
-        for column in range(load_int32(spans + 8 * span), load_int32(spans + 8 * span + 4), lanes):
-            packed = space + call.keys_at + column * word
-            strip_scores(unit, queries, call.depth, packed, call.keys_row, strip + column * word, length, call.depth)
-    if call.modify_hook:
-        n = 0
-        while n < vectors:
-            end = _run_end(kinds, n, vectors)
-            if load_byte(kinds + n):
-                first, last = j0 + n * lanes, min(j0 + end * lanes, j1)
-                at = strip + n * lanes * word
-                call_edit(call.modify_hook, at, length, b, h, i0, rows, first, last - first, call.parameters)
-            n = end
-    for r in range(rows):
-        _exclude_around(call, space, kinds, strip + r * length * word, g * call.group_rows + r, vectors, j0, j1, number)
+def _add_pieces(pieces, column, end, lanes):
+    """Append columns up to `end` to a row's list, which begins with its length."""
+    count = load_int32(pieces)
+    while column < end:
+        count += 1
+        store_int32(pieces + 8 * count, column)
+        store_int32(pieces + 8 * count + 4, min(end - column, lanes))
+        column += lanes
+    store_int32(pieces, count)
 
 
 @compiled
-def _exclude_around(call, space, kinds, row, local, vectors, j0, j1, number):
-    """Set to minus infinity all scores of one row but those it sees: these are put aside and back."""
-    lanes, word = vector_length(number), word_bytes(number)
-    runs, kept = space + call.row_runs_at + local * call.run_count * 8, space + call.kept_at
-    at = kept
-    for n in range(call.run_count):
-        first, end = max(load_int32(runs + 8 * n), j0), min(load_int32(runs + 8 * n + 4), j1)
-        for j in range(first, end, lanes):
-            keep_first(number, at, row + (j - j0) * word, end - j, -np.inf)
-            at += lanes * word
-    for n in range(vectors):
+def _strip_products(call, space, queries, kinds, most, b, h, i0, rows, j0, j1, unit):
+    """Fill the group's scores with modified products wherever a row sees a key; around these, with anything.
+
+    Stretch by stretch through all strips, which lie side by side: the keys they share stay in the first-level cache.
+    """
+    lanes, word = vector_length(unit), word_bytes(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
+    scores, length = space + call.scores_at, call.strip_row
+    for n in range(most):
+        for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
+            spans = space + call.spans_at + s * call.spans_row
+            if n < load_int32(spans):
+                a, to = queries + s * STRIP_ROWS * call.depth * word, scores + s * STRIP_ROWS * length * word
+                for column in range(load_int32(spans + 8 * n + 8), load_int32(spans + 8 * n + 12), lanes):
+                    packed = space + call.keys_at + column * word
+                    strip_scores(unit, a, call.depth, packed, call.keys_row, to + column * word, length, call.depth)
+    if not call.modify_hook:
+        return
+    n = 0
+    while n < vectors:
+        end = _run_end(kinds, n, vectors)
         if load_byte(kinds + n):
-            row_fill(number, row + n * lanes * word, lanes, -np.inf)
-    at = kept
-    for n in range(call.run_count):
-        first, end = max(load_int32(runs + 8 * n), j0), min(load_int32(runs + 8 * n + 4), j1)
-        for j in range(first, end, lanes):
-            put_first(number, row + (j - j0) * word, at, end - j)
-            at += lanes * word
+            first, last = j0 + n * lanes, min(j0 + end * lanes, j1)
+            at = scores + n * lanes * word
+            call_edit(call.modify_hook, at, length, b, h, i0, rows, first, last - first, call.parameters)
+        n = end
+
+
+@compiled
+def _strip_values(call, space, weights, weights_row, values, values_row, local, most, rows, unit):
+    """Add the weighted values of all strips, stretch by stretch, two vectors of columns at a time."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    width = call.value_width
+    for e in range(0, width, 2 * lanes):
+        b = values + e * word
+        for n in range(most):
+            for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
+                spans = space + call.spans_at + s * call.spans_row
+                if n < load_int32(spans):
+                    a = weights + s * STRIP_ROWS * weights_row * word
+                    c = space + call.out_at + ((local + s * STRIP_ROWS) * width + e) * word
+                    if e + lanes < width:
+                        strip_values_2(unit, a, weights_row, b, values_row, c, width, spans + 8 * n + 8, 1)
+                    else:
+                        strip_values_1(unit, a, weights_row, b, values_row, c, width, spans + 8 * n + 8, 1)
+
+
+@compiled
+def _put_aside(row, pieces, to, number):
+    """Copy the pieces of a row side by side to `to`, each a vector filled up with minus infinity; return their number."""
+    lanes, word = vector_length(number), word_bytes(number)
+    count = load_int32(pieces)
+    for n in range(count):
+        pieces += 8
+        keep_first(number, to + n * lanes * word, row + load_int32(pieces) * word, load_int32(pieces + 4), -np.inf)
+    return count
+
+
+@compiled
+def _put_back(row, pieces, source, number):
+    """The reverse of `_put_aside`; what lies around the pieces is left alone."""
+    lanes, word = vector_length(number), word_bytes(number)
+    for n in range(load_int32(pieces)):
+        pieces += 8
+        put_first(number, row + load_int32(pieces) * word, source + n * lanes * word, load_int32(pieces + 4))
+
+
+@compiled
+def _exclude_around(call, space, kinds, rows, vectors, unit):
+    """Set to minus infinity all scores of a strip's tile that no row sees."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    for r in range(rows):
+        row, pieces = space + call.scores_at + r * call.strip_row * word, space + call.pieces_at + r * call.pieces_row
+        _put_aside(row, pieces, space + call.kept_at, number)
+        for n in range(vectors):
+            if load_byte(kinds + n):
+                row_fill(number, row + n * lanes * word, lanes, -np.inf)
+        _put_back(row, pieces, space + call.kept_at, number)
+
+
+@compiled
+def _strip_softmax(call, space, kinds, vectors, g, rows, unit):
+    """As `_softmax`, for strips: exponentials of the scores put aside, zeros around them, and the same order of sums."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    panel = VECTORS * lanes
+    strip, length = space + call.scores_at, call.strip_row * word
+    state = g * call.state_rows * word
+    tops = space + call.rows_at
+    shifts, shrinks = tops + call.state_rows * word, tops + 2 * call.state_rows * word
+    added = tops + 3 * call.state_rows * word
+    pieces, kept, kept_row = space + call.pieces_at, space + call.kept_at, call.pieces_row // 8 * lanes * word
+    for r in range(rows):
+        count = _put_aside(strip + r * length, pieces + r * call.pieces_row, kept + r * kept_row, number)
+        store_number(number, tops + r * word, row_largest(number, kept + r * kept_row, count * lanes, -np.inf))
+    factor = type(number)(call.factor)
+    advance_rows(number, tops, space + call.largest_at + state, shifts, shrinks, rows, factor)
+    sums = space + call.sums_at
+    low, high = 0, vectors
+    while not load_byte(kinds + low):
+        low += 1
+    while not load_byte(kinds + high - 1):
+        high -= 1
+    first = low // VECTORS * panel
+    columns = _rounded_up(high * lanes - first, panel)
+    for r in range(rows):
+        _clear(strip + r * length + first * word, columns, number)
+        count = load_int32(pieces + r * call.pieces_row)
+        shift = load_number(number, shifts + r * word)
+        vector_to_weights(number, kept + r * kept_row, kept + r * kept_row, sums, count * lanes, factor, shift)
+        _put_back(strip + r * length, pieces + r * call.pieces_row, kept + r * kept_row, number)
+    for r in range(rows):
+        _clear(sums, panel, unit)
+        row_sums(number, strip + r * length + first * word, sums, columns)
+        store_number(number, added + r * word, row_total(number, sums))
+        shrink = load_number(number, shrinks + r * word)
+        if shrink != 1.0:
+            out = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
+            row_scale(number, out, call.value_width, shrink)
+    gather_totals(number, space + call.total_at + state, shrinks, added, rows)
 
 
 # -- Weights and values --------------------------------------------------------------------------------------------------------
@@ -520,6 +632,9 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
     weights, weights_row = space + call.scores_at, call.strip_row
     if is_pairs(unit):
         weights, weights_row = space + call.pairs_at, call.strip_row // 2
+    if call.runs_hook:
+        _strip_values(call, space, weights, weights_row, base, values_row, local, count, rows, unit)
+        return
     width = call.value_width
     tiled = _tiled_rows(rows)
     e = 0
@@ -528,14 +643,6 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
         vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
         b = base + e * word
         c = space + call.out_at + (local * width + e) * word
-        if call.runs_hook:
-            vectors = min(left, 2)
-            if vectors == 2:
-                strip_values_2(unit, weights, weights_row, b, values_row, c, width, runs, count)
-            else:
-                strip_values_1(unit, weights, weights_row, b, values_row, c, width, runs, count)
-            e += vectors * lanes
-            continue
         for r in range(0, tiled, ROWS):
             a, to = weights + r * weights_row * word, c + r * width * word
             if vectors == 3:
@@ -684,25 +791,32 @@ def _attend(call, space, item, unit):
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
-            kinds, runs, spans = space + call.kinds_at + g * most, space + call.runs_at, space + call.spans_at
+            kinds, runs = space + call.kinds_at + g * most, space + call.runs_at
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
+            vectors = (j1 - j0 + lanes - 1) // lanes
             if call.runs_hook:
-                span_count = _list_spans(call, space, kinds, g, rows, j0, j1, lanes)
-            count = _list_runs(runs, kinds, j1 - j0, lanes)
-            if not count:
-                continue
-            if call.runs_hook:
-                _strip_scores(call, space, queries, kinds, spans, span_count, b, h, i0, g, rows, j0, j1, unit)
+                stretches = _list_spans(call, space, kinds, g, rows, j0, j1, lanes)
+                if not stretches:
+                    continue
+                _strip_products(call, space, queries, kinds, stretches, b, h, i0, rows, j0, j1, unit)
+                if special or is_pairs(unit):
+                    _exclude_around(call, space, kinds, rows, vectors, unit)
+                    count = _list_runs(runs, kinds, j1 - j0, lanes)
             else:
-                spans, span_count = runs, count
+                count = stretches = _list_runs(runs, kinds, j1 - j0, lanes)
+                if not count:
+                    continue
                 _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
             if special:
                 _note_seen(call, space, kinds, rows, special, unit)
-            _softmax(call, space, runs, count, g, rows, unit)
+            if call.runs_hook and not special and not is_pairs(unit):
+                _strip_softmax(call, space, kinds, vectors, g, rows, unit)
+            else:
+                _softmax(call, space, runs, count, g, rows, unit)
             if call.dropout_hook:
                 at = space + call.scores_at
                 call_edit(call.dropout_hook, at, call.strip_row, b, h, i0, rows, j0, j1 - j0, call.parameters)
-            _weighted_values(call, space, values, spans, span_count, local, rows, j0, special, unit)
+            _weighted_values(call, space, values, runs, stretches, local, rows, j0, special, unit)
             if special:
                 _add_special(call, space, values, local, rows, j0, special, unit)
     for g in range(groups):
@@ -724,11 +838,14 @@ def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end,
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
-            kinds, runs, spans = space + call.kinds_at + g * most, space + call.runs_at, space + call.spans_at
+            kinds, runs = space + call.kinds_at + g * most, space + call.runs_at
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
             if call.runs_hook:
                 count = _list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit))
-                _strip_scores(call, space, queries, kinds, spans, count, b, h, i0, g, rows, j0, j1, unit)
+                if not count:
+                    continue
+                _strip_products(call, space, queries, kinds, count, b, h, i0, rows, j0, j1, unit)
+                _exclude_around(call, space, kinds, rows, (j1 - j0 + vector_length(unit) - 1) // vector_length(unit), unit)
             else:
                 count = _list_runs(runs, kinds, j1 - j0, vector_length(unit))
                 _scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)

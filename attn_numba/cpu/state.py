@@ -85,9 +85,12 @@ class Call(NamedTuple):
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
     runs_at: int  # int32 pairs: first and end of each stretch of keys that a group sees
-    spans_at: int  # int32 pairs: stretches of keys that the rows of a strip see together
+    spans_at: int  # for each strip the number of stretches of keys that its rows see together, then int32 pairs (first, end)
+    spans_row: int  # bytes of one such list
     row_runs_at: int  # int32 pairs (row, run): stretches of keys (rows of k) that each row sees
-    kept_at: int  # one row of scores, while all around them are excluded
+    pieces_at: int  # for each row of a group its number of pieces, then int32 pairs (column, width) of at most a vector
+    pieces_row: int  # bytes of one such list
+    kept_at: int  # the scores that the rows of a group see, side by side
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
     factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale

@@ -214,6 +214,16 @@ def _weights(count: int):
     return emit
 
 
+def _row_sums(v: Vectors, unit, row, sums, columns):
+    builder = v.builder
+    step = v.lanes * v.bytes
+    loop = Loop(builder, columns, VECTORS * v.lanes, [v.load(sums, n * step) for n in range(VECTORS)])
+    at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
+    new = [builder.fadd(loop.values[n], v.load(at, n * step)) for n in range(VECTORS)]
+    for n, total in enumerate(loop.close(new)):
+        v.store(total, sums, n * step)
+
+
 def _row_total(v: Vectors, unit, sums):
     builder = v.builder
     first = v.load(sums)
@@ -292,6 +302,8 @@ row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
 # weights[j] = 2**(row[j] * factor - shift), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
 # The first takes whole triples of vectors, the second one vector.
 triples_to_weights, vector_to_weights = (_define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
+# the same sums of weights that are there already; columns in whole triples of vectors
+row_sums = _define(3, _row_sums)
 # the sum of those three vectors
 row_total = _define(1, _row_total, _accumulator)
 row_scale = _define(2, _row_scale, tail=(0,))

@@ -114,12 +114,17 @@ class Mask(Rule):
 
     allowed: Callable[..., Any]
     tile: Callable[..., Any] | None = None
-    run_count: int = 0
+
+    @property
+    def run_count(self) -> int:
+        """Number of stretches that `run` lists for each query; 0 if it lists none."""
+        return 0
 
     def run(self, b: Any, h: Any, i: Any, n: Any, p: Any) -> tuple[Any, Any]:
-        """Return first and end of stretch n of the keys of query i: all that it may attend to are in `run_count` such stretches.
+        """Return first and end of stretch n of the keys of query i; `run_count` of them hold all it may attend to.
 
-        Only for masks whose queries see a fixed number of short stretches, in ascending order; `run_count` is 0 for others.
+        Only for masks whose queries see a fixed number of short stretches, in ascending order; `run_count` is 0 for
+        others.
         """
         raise NotImplementedError(f"{type(self).__name__} does not list its keys in stretches")
 

@@ -158,12 +158,12 @@ def custom_params(rule: str, params: object) -> tuple[Param, ...]:
 
 def _custom_param(rule: str, name: str, x: object) -> Param:
     array = as_array(x, rule, name)
+    if array.dtype.kind == "c":
+        raise TypeError(f"{rule}: {name} is complex; needed real numbers")
     if array.ndim == 0 and array.dtype.kind != "b":
         return whole_number(rule, name, integers(rule, name, x, 0).item()) if array.dtype.kind in "iu" else float(array)
     if array.dtype.kind in "iu":
         return integers(rule, name, array, array.ndim)
-    if array.dtype.kind == "c":
-        raise TypeError(f"{rule}: {name} is complex; needed real numbers")
     if array.dtype.kind == "b":
         if array.ndim == 0:
             raise TypeError(f"{rule}: {name} is {x}; needed a number: pass {int(array)} and compare")

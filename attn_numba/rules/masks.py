@@ -425,7 +425,7 @@ class Neighborhood(Mask):
 
     @property
     def run_count(self) -> int:
-        """Rows of the grid that a query's neighbors lie in; 0 unless they are short stretches side by side in their row."""
+        """Rows of the grid that a query's neighbors lie in; 0 unless they lie there side by side, and are few."""
         if len(self.shape) == 1 or self.dilation[-1] > 1 or 3 * self.size[-1] > self.shape[-1]:
             return 0
         return int(np.prod(self.size[:-1]))
@@ -444,7 +444,9 @@ class Neighborhood(Mask):
                 y = np.maximum(np.minimum(x - size // 2, (length - group + dilation - 1) // dilation - size), 0)
             else:
                 y = np.maximum(np.minimum(x - size // 2, length - size), 0)
-            if axis < axes - 1:
+            if axis == 0:
+                y = y + n
+            elif axis < axes - 1:
                 y, n = y + n % size, n // size
             at = at + step * (group + y * dilation)
             step = step * length

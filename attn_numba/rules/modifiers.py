@@ -383,6 +383,7 @@ class Dropout:
     rate: float
     seed: Any
     positional: ClassVar[bool] = True
+    uses_positions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         rate = real_number("Dropout", "rate", self.rate)

@@ -1,0 +1,205 @@
+"""What rules, small calls and starting cost, against the plain case in the same run, taken in turns.
+
+    python benchmarks/overhead.py                        every part, one thread, some minutes
+    python benchmarks/overhead.py masks modifiers --threads 2
+
+Parts: ``peak`` (share of the register tile's own rate, and NumPy's matrix products of the same count), ``masks`` (time
+per visible pair over that of dense attention of the same lengths), ``modifiers`` (time over that without), ``calls``
+(the smallest call), ``start`` (new processes), ``memory`` (a long sequence).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import attn_numba as an
+from attn_numba.workloads import WORKLOADS, Workload, named_dtype
+from timing import RESULTS, bind, interleave, machine, markdown, ratio, save
+
+Row = tuple[str, float, str]  # what, figure, unit
+
+
+def peak(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield shares of the tile's own rate for square problems of length 2048."""
+    from attn_numba.cpu.tiles import peak_rate
+
+    dtype = named_dtype(arguments.dtype)
+    for D in (64, 128):
+        q, k, v = Workload("square", "", 1, 8, 8, 2048, 2048, D, D, lambda workload: {}).arrays(dtype)
+        full, causal = partial(an.attention, q, k, v), partial(an.attention, q, k, v, mask=an.Causal())
+        calls: dict[str, Any] = {"full": full, "causal": causal}
+        if dtype.itemsize >= 4:
+            calls["numpy"] = partial(_two_products, q[0], k[0], v[0])
+        peaks = []
+        calls["peak"] = lambda peaks=peaks: peaks.append(peak_rate(dtype))
+        times = interleave(calls, arguments.turns, arguments.seconds)
+        rate = statistics.median(peaks) * arguments.threads
+        flop = {"full": 4 * D * 8 * 2048**2, "causal": 4 * D * 8 * 2048 * 2049 // 2}
+        rates = {name: flop[name] / statistics.median(times[name]) for name in flop}
+        for name in flop:
+            yield f"D={D} {name}", rates[name] / 1e9, "GFLOP/s"
+            yield f"D={D} {name}: share of the tile's rate", rates[name] / rate, "of 1"
+        yield f"D={D} causal's rate over full's", rates["causal"] / rates["full"], "times"
+        if "numpy" in times:
+            yield f"D={D} NumPy's two matrix products over full attention", ratio(times, "numpy", "full"), "times"
+
+
+def _two_products(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return (q k^T) v: the multiplications of attention and nothing else."""
+    return q @ k.swapaxes(-1, -2) @ v
+
+
+def masks(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the time per visible pair over that of dense attention of the same lengths."""
+    dtype = named_dtype(arguments.dtype)
+
+    def pattern(workload: Workload) -> dict[str, Any]:
+        """Return a mask of one's own over half the pairs: alternate stretches of 256 keys, without a tile function."""
+        return {"mask": an.CustomMask(lambda b, h, i, j, p: (i // 256 + j // 256) % 2 == 0)}
+
+    def own_window(workload: Workload) -> dict[str, Any]:
+        return {"mask": an.CustomMask(lambda b, h, i, j, p: (j <= i) & (i - j <= p[0]), params=(512,))}
+
+    named = [WORKLOADS[name] for name in ("window-16k", "block-sparse", "documents", "padding", "neighborhood")]
+    own = [
+        Workload("custom mask, stretches", "", 1, 2, 2, 4096, 4096, 64, 64, pattern),
+        Workload("custom mask, window", "", 1, 2, 2, 8192, 8192, 64, 64, own_window),
+    ]
+    for workload in named + own:
+        q, k, v = workload.arrays(dtype)
+        few = max(1, 2**24 * 4 // (workload.M * workload.N))  # heads of the dense call: enough work, not minutes of it
+        dense = [x[:1, :few] for x in (q, k, v)]
+        calls = {
+            "dense": partial(an.attention, *dense),
+            "mask": partial(an.attention, q, k, v, **workload.options()),
+        }
+        times = interleave(calls, arguments.turns, arguments.seconds)
+        pairs = dense[0].shape[1] * workload.M * workload.N
+        visible = workload.visible_pairs
+        share = visible / (workload.B * workload.H * workload.M * workload.N)
+        what = f"{workload.name} (visible {100 * share:.1f} %): time per pair over dense"
+        yield what, ratio(times, "mask", "dense") * pairs / visible, "times"
+
+
+def modifiers(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the time with a modifier over that without, at a head size of 64."""
+    dtype = named_dtype(arguments.dtype)
+    q, k, v = WORKLOADS["dense-2048"].arrays(dtype)
+    H, M = q.shape[1:3]
+    random = np.random.default_rng(1)
+    tried = {
+        "SoftCap(30)": an.SoftCap(30.0),
+        "ALiBi": an.ALiBi(2.0 ** -np.arange(1, H + 1)),
+        "Bias (M,N)": an.Bias(random.standard_normal((M, M), dtype=np.float32)),
+        "Bias (H,M,N)": an.Bias(random.standard_normal((H, M, M), dtype=np.float32)),
+    }
+    calls = {"plain": partial(an.attention, q, k, v)}
+    calls |= {name: partial(an.attention, q, k, v, modifiers=modifier) for name, modifier in tried.items()}
+    times = interleave(calls, arguments.turns, arguments.seconds)
+    for name in tried:
+        yield f"{name}: time over plain", ratio(times, name, "plain"), "times"
+
+
+def calls(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the time of the smallest calls."""
+    dtype = named_dtype(arguments.dtype)
+    x = np.ones((1, 1, 8, 8), dtype)
+    tried = {
+        "(1,1,8,8)": partial(an.attention, x, x, x),
+        "(1,1,8,8) causal": partial(an.attention, x, x, x, mask=an.Causal()),
+        "(1,1,8,8) into out": partial(an.attention, x, x, x, out=np.empty_like(x)),
+    }
+    times = interleave(tried, arguments.turns, arguments.seconds)
+    for name in tried:
+        yield f"{name}: one call", 1e6 * statistics.median(times[name]), "microseconds"
+
+
+START = "import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+FIRST_CALL = "import numpy as np, attn_numba as an; x = np.ones((1, 1, 8, 8), np.float32); an.attention(x, x, x)"
+
+
+def start(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the seconds a new process needs, by its own clock."""
+    _process(START.format(code=FIRST_CALL))  # fills the disk cache
+    codes = {"import numpy": "import numpy", "import attn_numba": "import attn_numba", "warm": FIRST_CALL}
+    tried = {name: [] for name in codes}
+    for _ in range(2 * arguments.turns + 1):
+        for name, code in codes.items():
+            tried[name].append(float(_process(START.format(code=code))))
+    numpy, package, warm = (statistics.median(seconds) for seconds in tried.values())
+    yield "import attn_numba over import numpy", package / numpy, "times"
+    yield "import and first call, warm disk cache", warm, "seconds"
+    with tempfile.TemporaryDirectory() as folder:
+        cold = float(_process(START.format(code=FIRST_CALL), {"NUMBA_CACHE_DIR": folder}))
+    yield "import and first call, nothing compiled", cold, "seconds"
+
+
+MEMORY = """
+import resource
+import numpy as np
+import attn_numba as an
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kilobytes
+
+q, k, v = (np.random.default_rng(n).standard_normal((1, 1, 65536, 64), dtype=np.float32) for n in range(3))
+an.attention(q[:, :, :512], k[:, :, :512], v[:, :, :512], mask=an.Causal())
+before = peak()
+out = an.attention(q, k, v, mask=an.Causal())
+print((peak() - before - out.nbytes) / 2**20)
+"""
+
+
+def memory(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the peak memory of one long causal head beyond a small call, the inputs and the output."""
+    threads = {"NUMBA_NUM_THREADS": str(arguments.threads)}
+    yield "65536 x 65536 x 64 causal: beyond inputs and output", float(_process(MEMORY, threads)), "MiB"
+
+
+def _process(code: str, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | (environment or {}), capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+PARTS = {part.__name__: part for part in (peak, masks, modifiers, calls, start, memory)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.2, help="timed per turn and call")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part {unknown.pop()}; known are {', '.join(PARTS)}")
+    bind(arguments.threads)
+    rows: list[dict[str, Any]] = []
+    with an.threads(arguments.threads):
+        for name in arguments.parts or PARTS:
+            for what, figure, unit in PARTS[name](arguments):
+                rows.append({"part": name, "what": what, "figure": figure, "unit": unit})
+                print(f"{what}: {figure:.4g} {unit}", flush=True)
+    content = {"dtype": arguments.dtype, "machine": machine(arguments.threads), "rows": rows}
+    save(f"overhead-{arguments.dtype}-{arguments.threads}", content, arguments.folder)
+    print()
+    print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Same inputs, same bits: whatever the threads, the company, the memory layout and the form of the mask."""
+
+import json
+
+import numpy as np
+import pytest
+
+import attn_numba as an
+from cases import BY_NAME, CASES, documents
+from processes import run_python
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+ASKED = {"return_lse": True, "return_weights": True}
+
+
+def dtype_of(name):
+    return pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+def arrays(B=2, H=4, Hk=2, M=70, N=250, D=40, E=24, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (B, H, M, D), (B, Hk, N, D), (B, Hk, N, E)
+    return [rng.standard_normal(shape).astype(dtype_of(dtype)) for shape in shapes]
+
+
+def assert_same(found, expected, part=np.s_[:]):
+    """All results have the same bits; the sign of a zero apart."""
+    for name in expected._fields:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name)[part], err_msg=name)
+
+
+def rules(B=2, H=4, M=70, N=250):
+    """Arguments of several kinds: nothing, a mask by position, one by array, modifiers, a sink, dropout."""
+    rng = np.random.default_rng(1)
+    return {
+        "nothing": {},
+        "causal": {"mask": an.Causal(), "query_offset": N - M},
+        "padding": {"mask": an.Padding(rng.integers(1, N, B))},
+        "dense": {"mask": rng.random((B, H, M, N)) < 0.3},
+        "bias": {"modifiers": [an.Bias(rng.standard_normal((B, H, M, N)).astype(np.float32)), an.SoftCap(5.0)]},
+        "sink": {"mask": an.SlidingWindow(30, 9), "query_offset": 100, "normalizer": an.Softmax(0.5)},
+        "dropout": {"dropout": an.Dropout(0.3, np.arange(5, 5 + B)), "query_offset": 0},
+    }
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", rules())
+def test_one_and_two_threads(name, dtype):
+    q, k, v = arrays(dtype=dtype)
+    results = []
+    for count in (1, 2, 3):
+        with an.threads(count):
+            results.append(an.attention(q, k, v, **rules()[name], **ASKED))
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+BITS = """
+import hashlib, json, sys
+import numpy as np
+import attn_numba as an
+from test_promises import arrays, rules
+found = {}
+for name, kwargs in rules().items():
+    for dtype in ("float32", "float64"):
+        result = an.attention(*arrays(dtype=dtype), **kwargs, return_lse=True, return_weights=True)
+        found[f"{name} {dtype}"] = hashlib.sha256(b"".join((x + 0.0).tobytes() for x in result)).hexdigest()
+print(json.dumps([an.config_report()["threads"]["count"], found]))
+"""
+
+
+def test_four_threads_in_a_process_of_their_own():
+    by_threads = [json.loads(run_python(BITS, NUMBA_NUM_THREADS=n, OMP_NUM_THREADS=None)) for n in ("1", "2", "4")]
+    assert [used for used, _ in by_threads] == [[n, "NUMBA_NUM_THREADS"] for n in (1, 2, 4)]
+    assert len(by_threads[0][1]) == 2 * len(rules())
+    assert by_threads[0][1] == by_threads[1][1] == by_threads[2][1]
+
+
+def test_run_after_run():
+    q, k, v = arrays(M=300, N=700)
+    with an.threads(2):
+        results = [an.attention(q, k, v, mask=an.Causal(), query_offset=400, **ASKED) for _ in range(5)]
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+# --- company ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", rules())
+def test_a_sequence_alone(name, dtype):
+    q, k, v = arrays(dtype=dtype)
+    kwargs = rules()[name]
+    whole = an.attention(q, k, v, **kwargs, **ASKED)
+    for b in range(2):
+        one = dict(kwargs)
+        if name == "padding":
+            one["mask"] = an.Padding(kwargs["mask"].key_lengths[b : b + 1])
+        elif name == "dense":
+            one["mask"] = kwargs["mask"][b : b + 1]
+        elif name == "bias":
+            one["modifiers"] = [an.Bias(kwargs["modifiers"][0].array[b : b + 1]), an.SoftCap(5.0)]
+        elif name == "dropout":
+            one["dropout"] = an.Dropout(0.3, [5 + b])
+        assert_same(an.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], **one, **ASKED), whole, np.s_[b : b + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 2, 5, 70])
+def test_a_head_alone(M, dtype):
+    """Few rows of several heads are computed together, many rows apart; a row has the same bits either way."""
+    q, k, v = arrays(H=6, M=M, dtype=dtype)
+    rules = {"mask": an.SlidingWindow(99, 3), "query_offset": 150}
+    whole = an.attention(q, k, v, **rules, **ASKED)
+    for h in range(6):
+        key_head = np.s_[:, h // 3 : h // 3 + 1]
+        found = an.attention(q[:, h : h + 1], k[key_head], v[key_head], **rules, **ASKED)
+        assert_same(found, whole, np.s_[:, h : h + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_in_pieces(dtype):
+    q, k, v = arrays(M=250, dtype=dtype)
+    rules = {"mask": an.Causal() & an.SlidingWindow(120, 0), "modifiers": an.ALiBi([0.1, 0.2, 0.3, 0.4])}
+    whole = an.attention(q, k, v, **rules, **ASKED)
+    start = 0
+    for size in (1, 2, 3, 8, 23, 25, 60, 128):
+        rows = np.s_[:, :, start : start + size]
+        assert_same(an.attention(q[rows], k, v, query_offset=start, **rules, **ASKED), whole, rows)
+        start += size
+    assert start == 250
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("D", "N"), [(40, 250), (700, 900)])
+def test_keys_beyond_a_mask(D, N, dtype):
+    """However many keys follow that no query sees, the bits are those without them; 900 keys of size 700 are several tiles."""
+    q, k, v = arrays(B=1, M=9, N=N, D=D, E=D, dtype=dtype)
+    length = N * 2 // 3
+    short = an.attention(q, k[:, :, :length], v[:, :, :length], return_lse=True)
+    for end in (length, length + 1, length + 17, N):
+        found = an.attention(q, k[:, :, :end], v[:, :, :end], mask=an.Padding(length), return_lse=True)
+        assert_same(found, short)
+        found = an.attention(q, k[:, :, :end], v[:, :, :end], mask=an.Dense(np.arange(end) < length), return_lse=True)
+        assert_same(found, short)
+
+
+# --- the form of a mask ---
+
+MASKED = [
+    case for case in CASES if "mask" in case.kwargs() and not {"modifiers", "dropout"} & set(case.kwargs()) and case.poison != "seen"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_a_rule_and_its_array(case):
+    """Which tiles are skipped does not show: the mask as an array gives the same bits."""
+    q, k, v, kwargs = case.build("float32")
+    z = case.sizes
+    offsets = [kwargs.get("query_offset"), kwargs.get("key_offset", 0)]
+    array = an.mask_array(kwargs["mask"], (z.B, z.H, z.M, z.N), *offsets)
+    found = an.attention(q, k, v, **{**kwargs, "mask": an.Dense(array)}, **ASKED)
+    assert_same(found, an.attention(q, k, v, **kwargs, **ASKED))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rule_and_its_array_over_several_tiles(dtype):
+    q, k, v = arrays(B=1, M=400, N=1700, D=64, E=64, dtype=dtype)
+    mask = an.Causal() & an.SameDocument(documents(7, 400), documents(7, 1700))
+    array = an.mask_array(mask, (1, 4, 400, 1700), 1300)
+    found = an.attention(q, k, v, mask=array, return_lse=True)
+    assert_same(found, an.attention(q, k, v, mask=mask, query_offset=1300, return_lse=True))
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("E", [24, 32])
+def test_any_strides(E, dtype):
+    q, k, v = arrays(D=32, E=E, dtype=dtype)
+    expected = an.attention(q, k, v, mask=an.Causal(), query_offset=100, **ASKED)
+    for layout in (
+        lambda x: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
+        lambda x: np.ascontiguousarray(x[:, :, ::-1, ::-1])[:, :, ::-1, ::-1],
+        lambda x: np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3),
+        lambda x: np.repeat(x, 2, axis=3)[..., ::2],
+        lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),  # not aligned
+    ):
+        found = an.attention(*map(layout, (q, k, v)), mask=an.Causal(), query_offset=100, **ASKED)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_of_any_strides(dtype, backend):
+    q, k, v = arrays(dtype=dtype)
+    expected = an.attention(q, k, v, backend=backend)
+    targets = [
+        np.empty((2, 4, 70, 24), q.dtype),
+        np.empty((2, 70, 4, 24), q.dtype).swapaxes(1, 2),
+        np.empty((2, 4, 70, 49), q.dtype)[..., 1::2],
+        np.empty((2, 4, 70, 24), q.dtype)[:, ::-1, ::-1, ::-1],
+        np.empty((2, 4, 24, 70), q.dtype).swapaxes(2, 3),
+    ]
+    for out in targets:
+        around = out.base if out.base is not None else out
+        around[...] = np.nan
+        found = an.attention(q, k, v, out=out, backend=backend)
+        assert found is out
+        np.testing.assert_array_equal(out, expected)
+        assert np.isnan(around.astype(np.float32)).sum() == around.size - out.size  # nothing else is written
+
+
+def test_out_comes_back_in_the_tuple(backend):
+    q, k, v = arrays(B=1)
+    out = np.full((1, 4, 70, 24), np.nan, np.float32)
+    found = an.attention(q, k, v, out=out, backend=backend, **ASKED)
+    assert found.out is out
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", rules())
+def test_inputs_are_not_written(name, backend):
+    inputs = arrays()
+    before = [x.copy() for x in inputs]
+    for x in inputs:
+        x.flags.writeable = False
+    kwargs = rules()[name]
+    mask = kwargs.get("mask")
+    mask_before = mask.copy() if isinstance(mask, np.ndarray) else None
+    an.attention(*inputs, **kwargs, backend=backend, **ASKED)
+    for x, y in zip(inputs, before, strict=True):
+        np.testing.assert_array_equal(x, y)
+    if mask_before is not None:
+        np.testing.assert_array_equal(mask, mask_before)
+
+
+def test_a_changed_array_is_read_anew():
+    """Calls that repeat are recognized by their rules; arrays that changed in between are not taken for the old ones."""
+    q, k, v = arrays(B=1, M=20, N=20)
+    mask = np.ones((20, 20), bool)
+    first = an.attention(q, k, v, mask=mask)
+    mask[:, 10:] = False
+    second = an.attention(q, k, v, mask=mask)
+    np.testing.assert_array_equal(second, an.attention(q, k[:, :, :10], v[:, :, :10]))
+    assert not np.array_equal(first, second)
+    k[...] = 0.0
+    np.testing.assert_allclose(an.attention(q, k, v)[0, 0, 0], v[0, 0].mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0])
+def test_a_scale_is_not_taken_for_that_of_another_call(scale):
+    """Calls that differ in dtype, sizes or offsets alone, one after the other."""
+    for dtype in DTYPES + DTYPES[::-1]:
+        for B, M, N in ((1, 3, 5), (3, 40, 90)):
+            q, k, v = arrays(B=B, M=M, N=N, dtype=dtype)
+            found = an.attention(q, k, v, scale=scale).astype(np.float64)
+            expected = an.attention(q, k, v, scale=scale, backend="reference").astype(np.float64)
+            np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 if dtype == "bfloat16" else 2e-3)
+
+
+# --- weights, lse and output agree ---
+
+
+@pytest.mark.parametrize("name", [name for name in rules() if name != "dropout"])
+def test_weights_lse_and_output_agree(name, backend):
+    q, k, v = arrays(dtype="float64")
+    found = an.attention(q, k, v, **rules()[name], backend=backend, **ASKED)
+    np.testing.assert_allclose(found.weights @ v.repeat(2, 1), found.out, rtol=1e-9, atol=1e-12)
+    total = found.weights.sum(-1)
+    empty = ~found.weights.any(-1)
+    sink = 0.5 if name == "sink" else -np.inf
+    np.testing.assert_allclose(total[~empty], (1 - np.exp(sink - found.lse))[~empty], rtol=1e-9)
+    assert (found.lse[empty] == sink).all()
+    assert (found.out[empty] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_the_keys_merge_into_the_whole(dtype, backend):
+    q, k, v = arrays(dtype=dtype)
+    rules = {"mask": an.Causal() & an.SlidingWindow(100, 0), "backend": backend, "return_lse": True}
+    whole = an.attention(q, k, v, query_offset=180, normalizer=an.Softmax([1.0, -1.0, 0.0, 2.0]), **rules)
+    parts = [
+        an.attention(q, k[:, :, a:b], v[:, :, a:b], query_offset=180, key_offset=a, **rules)
+        for a, b in ((0, 3), (3, 3), (3, 120), (120, 250))
+    ]
+    merged = an.merge([p.out for p in parts], [p.lse for p in parts], sink=[1.0, -1.0, 0.0, 2.0])
+    near = {"float64": 1e-12, "float32": 2e-6, "float16": 4e-3, "bfloat16": 4e-2}[dtype]
+    np.testing.assert_allclose(merged[0].astype(float), whole.out.astype(float), atol=near)
+    np.testing.assert_allclose(merged[1], whole.lse, rtol=max(near / 10, 1e-13), atol=1e-5 if near > 1e-9 else 1e-12)
+
+
+def test_zero_queries_and_zero_keys(backend):
+    for case in ("0 queries", "0 keys", "nothing at all", "no sequence", "sink without keys"):
+        q, k, v, kwargs = BY_NAME[case].build("float32")
+        found = an.attention(q, k, v, **kwargs, backend=backend, **ASKED)
+        z = BY_NAME[case].sizes
+        assert [x.shape for x in found] == [(z.B, z.H, z.M, z.E), (z.B, z.H, z.M), (z.B, z.H, z.M, z.N)]
+        assert (found.out == 0).all()
+        assert (found.lse == (0.25 if "sink" in case else -np.inf)).all()
