@@ -12,7 +12,7 @@ from attn_numba.cpu.binding import bind
 from attn_numba.cpu.launch import compile_worker, run
 from attn_numba.cpu.state import Call
 from attn_numba.cpu.target import target
-from attn_numba.cpu.tiles import BRAIN_FLOAT, HALF_FLOAT, SAME, STRIP_ROWS, TILE_ROWS, VECTORS
+from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, HALF_FLOAT, SAME, STRIP_ROWS, TILE_ROWS, VECTORS
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
 from attn_numba.rules import Sizes
@@ -53,7 +53,7 @@ def _up(x: int, multiple: int) -> int:
 @functools.cache
 def key_tile(unit: Unit, depth: int, width: int) -> int:
     """Return the keys of a tile. It fixes the order of sums: it depends on the unit and on D and E, and on nothing else."""
-    step = 4 * VECTORS * unit.lanes  # whole panels, and whole blocks of dropout counters
+    step = CHAIN_VECTORS * unit.lanes  # whole chains of sums, and whole blocks of dropout counters
     fitting = TILE_BYTES // (unit.word * (depth + width)) // step * step
     return min(max(fitting, step), 16 * VECTORS * unit.lanes)
 
@@ -99,7 +99,7 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
     padded, width = _up(depth, lanes), _up(E, lanes)
     tile = key_tile(unit, padded, width)
     strip = tile + VECTORS * lanes
-    spans_row = 8 * (1 + run_count)
+    spans_row = 8 * (1 + run_count + tile // (CHAIN_VECTORS * lanes))
     pieces_row = 8 * (1 + tile // lanes + run_count) if run_count else 0
 
     group = M if M <= 2 and not run_count else min(GROUP_ROWS, _up(M, max(TILE_ROWS, STRIP_ROWS)))

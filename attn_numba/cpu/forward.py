@@ -5,8 +5,8 @@ tile of keys an item asks the tile hook which panels of keys its groups of rows 
 group: scores (register tiles), hooks on the scores, weights against the running row maximum, weighted values (register tiles).
 
 Same bits whatever is skipped: key tiles begin at fixed multiples of `key_tile`, a score is one chain of multiply-adds over the head
-size, a row's weights are added in fixed lanes (key number modulo the panel width) and folded once per key tile, a result is one chain
-over the keys. A panel left out would have added exact zeros.
+size, a row's weights are added in fixed lanes (key number modulo three vectors) and folded once per key tile, weighted values are
+chains over fixed blocks of keys (12 vectors), added up block by block. A key left out would have added an exact zero.
 
 A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the register tiles
 and then added to the rows that see them, one by one.
@@ -25,7 +25,7 @@ from attn_numba.cpu import tiles as t
 from attn_numba.cpu.state import call_of
 
 NONE, SOME, ALL = 0, 1, 2
-ROWS, VECTORS, STRIP_ROWS = t.TILE_ROWS, t.VECTORS, t.STRIP_ROWS
+ROWS, VECTORS, STRIP_ROWS, CHAIN_VECTORS = t.TILE_ROWS, t.VECTORS, t.STRIP_ROWS, t.CHAIN_VECTORS
 SAME, HALF_FLOAT = t.SAME, t.HALF_FLOAT
 LN2 = math.log(2.0)
 
@@ -283,18 +283,30 @@ def _run_end(kinds, n, vectors):
 
 @compiled
 def _list_runs(runs, kinds, columns, lanes):
-    """List the stretches of keys that are seen, as pairs (first, end) that begin at whole vectors; return their number."""
+    """List the stretches of keys that are seen, as pairs (first, end) that begin at whole vectors and cross no chain of sums; return
+    their number."""
     vectors = (columns + lanes - 1) // lanes
     count = n = 0
     while n < vectors:
         if load_byte(kinds + n):
             store_int32(runs + 8 * count, n * lanes)
-            while n < vectors and load_byte(kinds + n):
+            chain = (n // CHAIN_VECTORS + 1) * CHAIN_VECTORS
+            while n < min(vectors, chain) and load_byte(kinds + n):
                 n += 1
             store_int32(runs + 8 * count + 4, min(n * lanes, columns))
             count += 1
-        n += 1
+        else:
+            n += 1
     return count
+
+
+@compiled
+def _chain_end(runs, n, count, chain):
+    """The end of the stretches from n on that belong to the same chain of sums."""
+    last = (load_int32(runs + 8 * n) // chain + 1) * chain
+    while n < count and load_int32(runs + 8 * n) < last:
+        n += 1
+    return n
 
 
 @compiled
@@ -379,7 +391,9 @@ def _list_spans(call, space, kinds, g, rows, j0, j1, lanes):
 
 @compiled
 def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes):
-    """Make the lists of strip `s`; the list of its stretches begins with their number, which is returned."""
+    """Make the lists of strip `s`; the list of its stretches begins with their number, which is returned, and a zero. Stretches cross
+    no chain of sums."""
+    chain = CHAIN_VECTORS * lanes
     spans = space + call.spans_at + s * call.spans_row
     pieces = space + call.pieces_at + s * STRIP_ROWS * call.pieces_row
     row_runs = space + call.row_runs_at + (g * call.group_rows + s * STRIP_ROWS) * call.run_count * 8
@@ -405,14 +419,16 @@ def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes):
                 first, end = min(first, one), max(end, stop)
                 _add_pieces(pieces + r * call.pieces_row, one - j0, stop - j0, lanes)
         first, end = max(first - j0, before), end - j0
-        if end > first:
+        while first < end:
+            stop = min(end, (first // chain + 1) * chain)
             count += 1
             store_int32(spans + 8 * count, first)
-            store_int32(spans + 8 * count + 4, end)
-            before = end
-            for vector in range(first // lanes, (end + lanes - 1) // lanes):
+            store_int32(spans + 8 * count + 4, stop)
+            for vector in range(first // lanes, (stop + lanes - 1) // lanes):
                 store_byte(kinds + vector, SOME)
+            first = before = stop
     store_int32(spans, count)
+    store_int32(spans + 4, 0)
     return count
 
 
@@ -458,22 +474,32 @@ def _strip_products(call, space, queries, kinds, most, b, h, i0, rows, j0, j1, u
 
 
 @compiled
-def _strip_values(call, space, weights, weights_row, values, values_row, local, most, rows, unit):
-    """Add the weighted values of all strips, stretch by stretch, two vectors of columns at a time."""
+def _strip_values(call, space, weights, weights_row, values, values_row, local, rows, columns, unit):
+    """Add the weighted values of all strips, chain by chain, two vectors of columns at a time."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    width = call.value_width
+    width, chain = call.value_width, CHAIN_VECTORS * lanes
     for e in range(0, width, 2 * lanes):
         b = values + e * word
-        for n in range(most):
+        for last in range(chain, columns + chain, chain):
             for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
                 spans = space + call.spans_at + s * call.spans_row
-                if n < load_int32(spans):
-                    a = weights + s * STRIP_ROWS * weights_row * word
-                    c = space + call.out_at + ((local + s * STRIP_ROWS) * width + e) * word
-                    if e + lanes < width:
-                        strip_values_2(unit, a, weights_row, b, values_row, c, width, spans + 8 * n + 8, 1)
-                    else:
-                        strip_values_1(unit, a, weights_row, b, values_row, c, width, spans + 8 * n + 8, 1)
+                n = load_int32(spans + 4)
+                count = load_int32(spans)
+                end = n
+                while end < count and load_int32(spans + 8 * end + 8) < last:
+                    end += 1
+                store_int32(spans + 4, end)
+                if end == n:
+                    continue
+                at = spans + 8 * n + 8
+                a = weights + s * STRIP_ROWS * weights_row * word
+                c = space + call.out_at + ((local + s * STRIP_ROWS) * width + e) * word
+                if e + lanes < width:
+                    strip_values_2(unit, a, weights_row, b, values_row, c, width, at, end - n)
+                else:
+                    strip_values_1(unit, a, weights_row, b, values_row, c, width, at, end - n)
+        for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
+            store_int32(space + call.spans_at + s * call.spans_row + 4, 0)
 
 
 @compiled
@@ -633,7 +659,7 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
     if is_pairs(unit):
         weights, weights_row = space + call.pairs_at, call.strip_row // 2
     if call.runs_hook:
-        _strip_values(call, space, weights, weights_row, base, values_row, local, count, rows, unit)
+        _strip_values(call, space, weights, weights_row, base, values_row, local, rows, min(call.key_tile, call.N - j0), unit)
         return
     width = call.value_width
     tiled = _tiled_rows(rows)
@@ -643,22 +669,27 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
         vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
         b = base + e * word
         c = space + call.out_at + (local * width + e) * word
-        for r in range(0, tiled, ROWS):
-            a, to = weights + r * weights_row * word, c + r * width * word
-            if vectors == 3:
-                value_tile_3(unit, a, weights_row, b, values_row, to, width, runs, count)
-            elif vectors == 2:
-                value_tile_2(unit, a, weights_row, b, values_row, to, width, runs, count)
-            else:
-                value_tile_1(unit, a, weights_row, b, values_row, to, width, runs, count)
-        for r in range(tiled, rows):
-            a, to = weights + r * weights_row * word, c + r * width * word
-            if vectors == 3:
-                value_row_3(unit, a, weights_row, b, values_row, to, width, runs, count)
-            elif vectors == 2:
-                value_row_2(unit, a, weights_row, b, values_row, to, width, runs, count)
-            else:
-                value_row_1(unit, a, weights_row, b, values_row, to, width, runs, count)
+        n = 0
+        while n < count:
+            end = _chain_end(runs, n, count, CHAIN_VECTORS * lanes)
+            at = runs + 8 * n
+            for r in range(0, tiled, ROWS):
+                a, to = weights + r * weights_row * word, c + r * width * word
+                if vectors == 3:
+                    value_tile_3(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                elif vectors == 2:
+                    value_tile_2(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                else:
+                    value_tile_1(unit, a, weights_row, b, values_row, to, width, at, end - n)
+            for r in range(tiled, rows):
+                a, to = weights + r * weights_row * word, c + r * width * word
+                if vectors == 3:
+                    value_row_3(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                elif vectors == 2:
+                    value_row_2(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                else:
+                    value_row_1(unit, a, weights_row, b, values_row, to, width, at, end - n)
+            n = end
         e += vectors * lanes
 
 

@@ -85,7 +85,7 @@ class Call(NamedTuple):
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
     runs_at: int  # int32 pairs: first and end of each stretch of keys that a group sees
-    spans_at: int  # for each strip the number of stretches of keys that its rows see together, then int32 pairs (first, end)
+    spans_at: int  # for each strip the number of stretches of keys that its rows see together and of those done, then pairs (first, end)
     spans_row: int  # bytes of one such list
     row_runs_at: int  # int32 pairs (row, run): stretches of keys (rows of k) that each row sees
     pieces_at: int  # for each row of a group its number of pieces, then int32 pairs (column, width) of at most a vector

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from attn_numba.cpu.target import target
 from attn_numba.cpu.vectors import CONTRACT, DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, Loop, Vectors
 
+CHAIN_VECTORS = 12  # keys (in vectors) whose weighted values are one chain of sums; longer chains would gather rounding errors
 VECTORS = 3  # vectors in a register tile's row; rows x 3 accumulators, 3 operands and a broadcast fit the register file
 TILE_ROWS = target().tile_rows
 BF16_DOT = {64: "llvm.x86.avx512bf16.dpbf16ps.512"}
@@ -140,13 +141,14 @@ def _value_tile(rows: int, vectors: int):
     """tile(unit, a, a_row, b, b_row, c, c_row, runs, count): C[rows, vectors] += A[rows, runs] @ B[runs, vectors].
 
     `runs` is the address of `count` pairs of int32, first and end of the stretches of the depth to go through (keys: for pairs, both
-    are halved). Row lengths in words. Each element of C has one writer and is one chain of multiply-adds over the depth.
+    are halved). Row lengths in words. Each element of C has one writer; what is added to it is one chain of multiply-adds over the
+    stretches, begun at zero.
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, runs, count):
         builder = v.builder
         tile = _Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
-        run = Loop(builder, count, 1, tile.load())
+        run = Loop(builder, count, 1, tile.zeros())
         at = builder.add(runs, builder.mul(run.index, ir.Constant(I64, 8)))
         first, end = (builder.sext(v.load(at, offset, I32), I64) for offset in (0, 4))
         if tile.pairs:
@@ -154,7 +156,8 @@ def _value_tile(rows: int, vectors: int):
             first, end = builder.ashr(first, one), builder.ashr(builder.add(end, one), one)
         loop = Loop(builder, builder.sub(end, first), 1, run.values)
         new = loop.close(tile.multiply_add(builder.add(loop.index, first), loop.values))
-        tile.store(run.close(new))
+        sums = run.close(new)
+        tile.store([builder.fadd(old, x) for old, x in zip(tile.load(), sums, strict=True)])
 
     return _define(8, emit)
 
