@@ -13,10 +13,35 @@ Examples
 """
 
 import importlib
-import os
-import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as _numpy  # noqa: F401  the one dependency that importing costs
+
+if TYPE_CHECKING:
+    from attn_numba import reference as reference
+    from attn_numba.api import attention, backends, config_report, mask_array, merge, warmup
+    from attn_numba.layers import SelfAttention
+    from attn_numba.parallel import set_threads, threads
+    from attn_numba.rules import (
+        ALiBi,
+        Bias,
+        BlockSparse,
+        Causal,
+        CustomMask,
+        CustomModifier,
+        Dense,
+        Dot,
+        Dropout,
+        Neighborhood,
+        Padding,
+        PrefixLM,
+        ReplaceExcluded,
+        SameDocument,
+        SlidingWindow,
+        SoftCap,
+        Softmax,
+        Temperature,
+    )
 
 __version__ = "0.1.0"
 
@@ -35,7 +60,7 @@ _MODULES = ("reference", "rules", "testing")
 __all__ = [*_HOME_OF, "reference"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f"attn_numba.{_HOME_OF[name]}"), name)
     elif name in _MODULES:
@@ -48,22 +73,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _pool_runs() -> bool:
-    """Whether Numba's thread pool has been started, by anyone; asks without importing Numba."""
-    return getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False)
-
-
-# True where Numba's pool may have been started in a parent process: entering it would end this one. It must be known before any
-# fork, hence here. A pool that runs before this import may be inherited or not; it then counts as inherited.
-_pool_is_inherited = _pool_runs()
-
-
-def _after_fork() -> None:
-    global _pool_is_inherited
-    _pool_is_inherited = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

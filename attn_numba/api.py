@@ -316,7 +316,7 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
     report["processor"] = {"machine": (platform.machine(), "platform")}
     report["cache"] = {}
     if available["cpu"][0]:
-        from attn_numba.cpu.launch import cache_folder, pool_layer
+        from attn_numba.cpu.launch import cache_folder
         from attn_numba.cpu.target import target
 
         source = "NUMBA_CPU_NAME" if os.environ.get("NUMBA_CPU_NAME") else "the host, as LLVM knows it"
@@ -328,7 +328,6 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
             "bfloat16 dot product": (found.bfloat_dot, "what the compiler emits for it"),
             "float16 conversion": (found.half, "what the compiler emits for it"),
         }
-        report["threads"]["layer"] = pool_layer()
         report["cache"]["folder"] = cache_folder()
     return report
 

@@ -111,7 +111,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from attn_numba.cpu.tiles import peak_rate
+    from attn_numba.cpu.peak import peak_rate
 
     names = arguments.workloads or list(WORKLOADS)
     if unknown := [name for name in names if name not in WORKLOADS]:

@@ -260,9 +260,10 @@ def check(
     """
     q4, k4, v4, sizes, rank = check_arrays(q, k, v)
     rule = as_mask(mask)
-    chain = as_modifiers(modifiers) if modifiers != () else ()
+    chain = as_modifiers(modifiers)
     dot = _instance(score, Dot, "score", "Dot()")
     softmax = _instance(normalizer, Softmax, "normalizer", "Softmax()")
+    softmax.sink_array(sizes)
     drop = dropout if dropout is None else _instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
     number = check_scale(scale, dot.default_scale(sizes.D))
     users = [x for x in (rule, *chain, drop) if x is not None]

@@ -69,7 +69,7 @@ def bench_forward(
         "difference": found.difference,
     }
     if contender == "cpu":
-        from attn_numba.cpu.tiles import peak_rate
+        from attn_numba.cpu.peak import peak_rate
 
         share = rate / (threads * peak_rate(dtype))
         row["of tile's peak"] = f"{share:.2f}"

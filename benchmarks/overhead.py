@@ -32,7 +32,7 @@ Row = tuple[str, float, str]  # what, figure, unit
 
 def peak(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield shares of the tile's own rate for square problems of length 2048."""
-    from attn_numba.cpu.tiles import peak_rate
+    from attn_numba.cpu.peak import peak_rate
 
     dtype = named_dtype(arguments.dtype)
     for D in (64, 128):

@@ -8,17 +8,23 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_python(code: str, *, timeout: float = 300, **environment: str | None) -> str:
-    """Return what a new Python process prints; an environment variable of None is taken away.
+def environment(**changes: str | None) -> dict[str, str]:
+    """Return the environment of a new process: it finds the modules of this folder, and the package where this one did.
 
-    The process finds the modules of this folder, and the package where this process found it.
+    A variable of None is taken away. A PYTHONPATH given here is searched first.
     """
-    found = {**os.environ, **environment}
-    path = [str(TESTS), *sys.path, found.get("PYTHONPATH") or ""]
-    if "PYTHONPATH" in environment:  # to be found first
-        path.reverse()
-    found["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
-    found = {name: value for name, value in found.items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True, timeout=timeout)
+    path = [changes.pop("PYTHONPATH", None), str(TESTS), *sys.path]
+    found = {**os.environ, **changes, "PYTHONPATH": os.pathsep.join(p for p in path if p)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def run_python(*arguments: str, timeout: float = 300, **changes: str | None) -> str:
+    """Return what a new Python process prints: of some code, or of a script with its arguments.
+
+    `changes` are of its environment. The folder it starts in is not searched for modules.
+    """
+    is_script = arguments[0].endswith(".py")
+    command = [sys.executable, "-P", *([] if is_script else ["-c"]), *arguments]
+    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

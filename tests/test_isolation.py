@@ -1,114 +1,18 @@
 """NaN and infinity: where they are not allowed they change no bit; elsewhere they reach the rows that see them.
 
-Random cases, a few hundred in a normal run; ``ATTN_NUMBA_CASES=10000`` runs that many.
+Random cases, as many as `random_cases` says.
 """
-
-import os
 
 import numpy as np
 import pytest
 
 import attn_numba as an
-from attn_numba.rules import Sizes, places_of
+from attn_numba.rules import places_of
 from attn_numba.testing import LAST_PLACES
-from cases import allowed, documents
+from cases import allowed
+from random_cases import BATCHES, RULES, random_call, random_sizes, seeds
 
-CASES = int(os.environ.get("ATTN_NUMBA_CASES", "400"))
-BATCH = 25  # cases in one test
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 BAD = (np.nan, np.inf, -np.inf, 1e38, -6e4, 1e-38)
-
-
-def no_mask(rng, z):
-    return {}
-
-
-def causal(rng, z):
-    return {"mask": an.Causal(), **offsets(rng, z)}
-
-
-def window(rng, z):
-    return {"mask": an.SlidingWindow(int(rng.integers(-1, 20)), int(rng.integers(-1, 20))), **offsets(rng, z)}
-
-
-def padding(rng, z):
-    return {"mask": an.Padding(rng.integers(0, z.N + 1, z.B), rng.integers(0, z.N // 2 + 1, z.B))}
-
-
-def dense(rng, z, axes="BHMN"):
-    return {"mask": an.Dense(rng.random([getattr(z, a) if a in axes else 1 for a in "BHMN"]) < rng.random())}
-
-
-def some_keys(rng, z):
-    return dense(rng, z, "BN")
-
-
-def bias(rng, z, axes="BHMN"):
-    array = rng.standard_normal([getattr(z, a) if a in axes else 1 for a in "BHMN"]).astype(np.float32)
-    array[rng.random(array.shape) < rng.random()] = -np.inf
-    return {"modifiers": an.Bias(array)}
-
-
-def capped_bias(rng, z):
-    return {"modifiers": [bias(rng, z, "BN")["modifiers"], an.SoftCap(float(rng.uniform(0.5, 20)))]}
-
-
-def causal_and_keys(rng, z):
-    return {"mask": an.Causal() & some_keys(rng, z)["mask"], **offsets(rng, z)}
-
-
-def joined(rng, z):
-    ids = an.SameDocument(documents(3, z.M), documents(3, z.N))
-    return {"mask": (ids | ~an.SlidingWindow(12, 40)) & padding(rng, z)["mask"], **offsets(rng, z)}
-
-
-def blocks(rng, z):
-    shape = (z.B, z.H, -(-z.M // 8), -(-z.N // 16))
-    return {"mask": an.BlockSparse(rng.random(shape) < 0.4, (8, 16))}
-
-
-def custom(rng, z):
-    table = rng.integers(0, 6, (z.B, z.N))
-    mask = an.CustomMask(lambda b, h, i, j, p: (p[0][b, j] < 3) & (i >= p[1]), (table, int(rng.integers(-5, 5))))
-    return {"mask": mask, "query_offset": 0}
-
-
-def replaced(rng, z):
-    return {**some_keys(rng, z), "modifiers": an.ReplaceExcluded(an.Padding(int(rng.integers(0, z.N + 1))), 0.5)}
-
-
-def dropped(rng, z):
-    return {**dense(rng, z), "dropout": an.Dropout(0.4, int(rng.integers(2**60))), **offsets(rng, z)}
-
-
-def with_sink(rng, z):
-    return {**dense(rng, z), "normalizer": an.Softmax(rng.standard_normal(z.H))}
-
-
-RULES = (
-    no_mask, causal, window, padding, dense, some_keys, bias, capped_bias, causal_and_keys, joined, blocks, custom,
-    replaced, dropped, with_sink,
-)  # fmt: skip
-
-
-def offsets(rng, z):
-    key_offset = int(rng.integers(-9, 10))
-    return {"query_offset": key_offset + rng.integers(-5, z.N + 1, z.B), "key_offset": key_offset}
-
-
-def random_sizes(rng):
-    """Small calls; one in eight has a head so large that its keys take several tiles."""
-    several_tiles = rng.random() < 0.125
-    D, E = (int(x) for x in (rng.integers(500, 900, 2) if several_tiles else rng.choice([1, 3, 8, 16, 17, 40, 64], 2)))
-    N = int(rng.integers(200, 450) if several_tiles else rng.integers(1, 130))
-    Hk, served = int(rng.integers(1, 3)), int(rng.integers(1, 4))
-    return Sizes(int(rng.integers(1, 3)), Hk * served, Hk, int(rng.integers(1, 9 if several_tiles else 40)), N, D, E)
-
-
-def random_array(rng, shape, dtype):
-    """Numbers of a dtype, side by side in memory or with the heads inside the rows."""
-    array = rng.standard_normal(shape, np.float32).astype(dtype)
-    return np.ascontiguousarray(array.swapaxes(1, 2)).swapaxes(1, 2) if rng.random() < 0.3 else array
 
 
 def seen_scores(z, kwargs, seen):
@@ -144,15 +48,7 @@ def poisoned(rng, k, v, seen_k, seen_v):
 
 
 def check_case(seed):
-    rng = np.random.default_rng(seed)
-    z, make = random_sizes(rng), RULES[rng.integers(len(RULES))]
-    dtype = DTYPES[rng.integers(len(DTYPES))]
-    if dtype == "bfloat16":
-        dtype = pytest.importorskip("ml_dtypes").bfloat16
-    kwargs = make(rng, z)
-    q = random_array(rng, (z.B, z.H, z.M, z.D), dtype)
-    k = random_array(rng, (z.B, z.Hk, z.N, z.D), dtype)
-    v = random_array(rng, (z.B, z.Hk, z.N, z.E), dtype)
+    rng, label, z, (q, k, v), kwargs = random_call(seed)
     seen = allowed(z, kwargs)
     scored = seen_scores(z, kwargs, seen)
     by_key_head = (z.B, z.Hk, z.H // z.Hk * z.M, z.N)
@@ -166,12 +62,11 @@ def check_case(seed):
     rows = (scored & spoiled_keys[:, :, None]).any(-1)  # (B, H, M)
     spoiled_values = ~np.isfinite(bad_v.astype(np.float32)).repeat(z.H // z.Hk, 1)  # (B, H, N, E)
     elements = (seen.astype(np.float32) @ spoiled_values.astype(np.float32) > 0) | rows[..., None]
-    label = f"seed {seed}: {make.__name__}, {np.dtype(dtype).name}, {z}"
     for name, reached in (("out", elements), ("lse", rows), ("weights", seen & rows[..., None])):
         before, after = (getattr(x, name).astype(np.float64) for x in (clean, found))
         same = before == after
         if name == "out":  # a row may add a key with a bad value last: its other columns may round differently
-            near = np.abs(after - before) <= 8 * LAST_PLACES[np.dtype(dtype).name] * np.abs(v.astype(np.float64)).max()
+            near = np.abs(after - before) <= 8 * LAST_PLACES[q.dtype.name] * np.abs(v.astype(np.float64)).max()
             same |= near & elements.any(-1, keepdims=True)
         assert (same | reached).all(), f"{label}: {name} {first(before, after, ~(same | reached))}"
         finite = np.isfinite(after) & reached
@@ -183,9 +78,9 @@ def first(before, after, where):
     return f"at {tuple(map(int, at))}: {before[at]} became {after[at]}"
 
 
-@pytest.mark.parametrize("batch", range(-(-CASES // BATCH)))
+@pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_cases(batch):
-    for seed in range(batch * BATCH, min((batch + 1) * BATCH, CASES)):
+    for seed in seeds(batch):
         check_case(seed)
 
 

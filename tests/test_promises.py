@@ -138,7 +138,7 @@ def test_queries_in_pieces(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("D", "N"), [(40, 250), (700, 900)])
 def test_keys_beyond_a_mask(D, N, dtype):
-    """However many keys follow that no query sees, the bits are those without them; 900 keys of size 700 are several tiles."""
+    """However many keys follow that no query sees, the bits are the same; 900 keys of size 700 are several tiles."""
     q, k, v = arrays(B=1, M=9, N=N, D=D, E=D, dtype=dtype)
     length = N * 2 // 3
     short = an.attention(q, k[:, :, :length], v[:, :, :length], return_lse=True)
@@ -151,9 +151,13 @@ def test_keys_beyond_a_mask(D, N, dtype):
 
 # --- the form of a mask ---
 
-MASKED = [
-    case for case in CASES if "mask" in case.kwargs() and not {"modifiers", "dropout"} & set(case.kwargs()) and case.poison != "seen"
-]  # fmt: skip
+
+def is_masked_alone(case):
+    kwargs = case.kwargs()
+    return "mask" in kwargs and not {"modifiers", "dropout"} & set(kwargs) and case.poison != "seen"
+
+
+MASKED = [case for case in CASES if is_masked_alone(case)]
 
 
 @pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
@@ -179,6 +183,10 @@ def test_a_rule_and_its_array_over_several_tiles(dtype):
 # --- memory ---
 
 
+def not_aligned(x):
+    return np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("E", [24, 32])
 def test_any_strides(E, dtype):
@@ -189,7 +197,7 @@ def test_any_strides(E, dtype):
         lambda x: np.ascontiguousarray(x[:, :, ::-1, ::-1])[:, :, ::-1, ::-1],
         lambda x: np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3),
         lambda x: np.repeat(x, 2, axis=3)[..., ::2],
-        lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),  # not aligned
+        lambda x: not_aligned,
     ):
         found = an.attention(*map(layout, (q, k, v)), mask=an.Causal(), query_offset=100, **ASKED)
         assert_same(found, expected)
@@ -240,7 +248,7 @@ def test_inputs_are_not_written(name, backend):
 
 
 def test_a_changed_array_is_read_anew():
-    """Calls that repeat are recognized by their rules; arrays that changed in between are not taken for the old ones."""
+    """Calls that repeat are recognized by their rules; arrays that changed since are not taken for the old ones."""
     q, k, v = arrays(B=1, M=20, N=20)
     mask = np.ones((20, 20), bool)
     first = an.attention(q, k, v, mask=mask)

@@ -6,7 +6,7 @@ import llvmlite.ir as ir
 import numpy as np
 
 from attn_numba.cpu.hooks import Hook
-from attn_numba.cpu.vectors import DOUBLE, I1, I32, I64, Loop, Vectors
+from attn_numba.cpu.vectors import DOUBLE, I32, I64, Loop, Vectors
 from attn_numba.rules.formula import Array, Node
 from attn_numba.rules.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
@@ -94,11 +94,7 @@ def emit_dropout(module: ir.Module, name: str, number: ir.Type, params: list, fi
         old = v.call(f"llvm.masked.load.{suffix}", v.vector, at, ir.Constant(I32, 1), inside, v.constant(0.0))
         keep = builder.icmp_unsigned(">", word, v.splat(last))
         new = builder.select(keep, builder.fmul(old, v.splat(scale)), v.constant(0.0))
-        store = f"llvm.masked.store.{suffix}"
-        function = module.globals.get(store) or ir.Function(
-            module, ir.FunctionType(ir.VoidType(), [v.vector, at.type, I32, _integers(lanes, I1)]), store
-        )
-        builder.call(function, [new, at, ir.Constant(I32, 1), inside])
+        v.store_where(inside, new, at)
     block.close([])
     row.close([])
     builder.ret_void()

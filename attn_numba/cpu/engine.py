@@ -20,7 +20,7 @@ from attn_numba.rules import Sizes
 GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
 BLOCK_ROWS = 192  # rows of an item, which share the packed keys
 TILE_BYTES = 400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
-SMALL = 400_000  # multiply-adds below which a second thread costs more than it gives
+SMALL = 2_000_000  # multiply-adds below which a second thread costs more than it gives
 
 
 class Unit(NamedTuple):

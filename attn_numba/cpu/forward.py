@@ -40,7 +40,7 @@ row_is_finite, interleave, transpose = t.row_is_finite, t.interleave, t.transpos
 score_tile_3, score_tile_2, score_tile_1 = t.score_tile_3, t.score_tile_2, t.score_tile_1
 score_row_3, score_row_1 = t.score_row_3, t.score_row_1
 strip_scores, strip_values_2, strip_values_1 = t.strip_scores, t.strip_values_2, t.strip_values_1
-keep_first, put_first, row_sums = t.keep_first, t.put_first, t.row_sums
+keep_first, put_first, row_sums, normalized = t.keep_first, t.put_first, t.row_sums, t.normalized
 value_tile_3, value_tile_2, value_tile_1 = t.value_tile_3, t.value_tile_2, t.value_tile_1
 value_row_3, value_row_2, value_row_1 = t.value_row_3, t.value_row_2, t.value_row_1
 read_vector, read_half_vector, read_brain_vector = t.read_vector, t.read_half_vector, t.read_brain_vector
@@ -788,9 +788,8 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
         row = space + call.scores_at + r * call.strip_row * word
         for n in range((j1 - j0 + lanes - 1) // lanes):
             if load_byte(kinds + n):
-                vector_to_weights(number, row + n * lanes * word, row + n * lanes * word, space + call.sums_at, lanes, factor, largest)
-                for j in range(n * lanes, min((n + 1) * lanes, j1 - j0)):
-                    store_number(number, to + j * word, load_number(number, row + j * word) * inverse)
+                at, left = n * lanes, min(lanes, j1 - j0 - n * lanes)
+                normalized(number, row + at * word, to + at * word, left, factor, largest, inverse)
 
 
 @inlined

@@ -1,8 +1,12 @@
-"""Start one worker function on all cores, and keep compiled code on disk.
+"""Run one compiled worker on several cores, and keep compiled code on disk.
 
 A worker is a compiled function of (state address, worker number); workers pull item numbers from the atomic counter with which every
-state begins. `_on_pool` is the only function of the package that Numba compiles as parallel: it calls workers by address, so it is
-compiled once for all kernels, and kernels compile serially.
+state begins, so however many of them run, and whenever, all items are done.
+
+Helpers are Python threads that sleep on a lock between calls. The calling thread works too, and does not wait for a helper that has
+not begun when all items are done. Numba's own pool (OpenMP) wakes as fast, but a region there waits for every thread, and one that
+another library's spinning threads keep off its core costs milliseconds: measured between two NumPy matrix products on 2 cores, 5 ms
+for a call of 1.5 ms. It also ends a forked child that enters it, and its fallback layer aborts when two threads enter at once.
 """
 
 from __future__ import annotations
@@ -12,15 +16,12 @@ import functools
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-import numba
-from numba import njit, prange, types
+from numba import types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
-
-import attn_numba
-from attn_numba.cpu.tiles import call_worker
 
 WORKER = types.void(types.intp, types.intp)
 
@@ -55,28 +56,23 @@ class _SourcesCache(FunctionCache):
 def cache_folder() -> tuple[str | None, str]:
     """Return the folder that holds compiled code and why it is that one; (None, reason) where none can be written."""
     try:
-        path = _SourcesCache(_on_pool).cache_path
+        path = _SourcesCache(_sources_stamp.__wrapped__).cache_path
     except RuntimeError as error:
         return None, f"no folder can be written: {error}"
     return path, "NUMBA_CACHE_DIR" if os.environ.get("NUMBA_CACHE_DIR") else "next to the package or in the user's cache"
 
 
-def _with_cache(compiled, function):
-    try:
-        compiled._cache = _SourcesCache(function)
-    except RuntimeError:  # no folder can be written: compile in this process, keep nothing
-        pass
-    return compiled
-
-
 @functools.cache
-def compile_worker(function) -> int:
+def compile_worker(function: Callable) -> int:
     """Compile (or load) a worker of (state address, worker number) and return its address."""
     worker = CFunc(function, (WORKER.args, WORKER.return_type), locals={}, options={"nopython": True, "nogil": True})
-    _with_cache(worker, function)
+    try:
+        worker._cache = _SourcesCache(function)
+    except RuntimeError:  # no folder can be written: compile for this process, keep nothing
+        pass
     worker.compile()
     _keep.append(worker)
-    return worker.address
+    return int(worker.address)
 
 
 _keep: list[object] = []  # compiled workers must outlive their addresses
@@ -85,62 +81,74 @@ _keep: list[object] = []  # compiled workers must outlive their addresses
 # -- Threads -------------------------------------------------------------------------------------------------------------------
 
 
-def _on_pool(worker, state, count):
-    for number in prange(count):
-        call_worker(worker, state, number)
+class _Ticket:
+    """One worker of one launch: whoever takes it first, a helper or the launch itself, decides whether it runs."""
+
+    __slots__ = ("done", "number", "state", "taken", "work")
+
+    def __init__(self, work: Callable[[int, int], None], state: int, number: int) -> None:
+        self.work, self.state, self.number = work, state, number
+        self.taken, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
 
 
-@functools.cache
-def _pool():
-    function = _with_cache(njit(parallel=True, nogil=True)(_on_pool), _on_pool)
-    function.compile((types.intp, types.intp, types.intp))
-    return function
+class _Helper:
+    """A thread that runs one ticket after the other."""
+
+    __slots__ = ("ticket", "wake")
+
+    def __init__(self) -> None:
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.ticket: _Ticket | None = None
+        threading.Thread(target=self._serve, name="attn_numba", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            self.wake.acquire()
+            ticket, self.ticket = self.ticket, None
+            if ticket is not None and ticket.taken.acquire(blocking=False):
+                ticket.work(ticket.state, ticket.number)
+                ticket.done.release()
+            del ticket
+            _idle.append(self)
 
 
-@functools.cache
-def _layer_is_reentrant() -> bool:
-    from numba.np.ufunc import parallel
-
-    parallel._launch_threads()
-    return bool(numba.threading_layer() != "workqueue")
+_idle: list[_Helper] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # threads do not live on in a forked child
 
 
-def pool_layer() -> tuple[str, str]:
-    """Return what several workers run on, and why."""
-    if attn_numba._pool_is_inherited:
-        return "Python threads", "Numba's pool may belong to a parent process"
-    if not _layer_is_reentrant():
-        return "Python threads", "Numba's workqueue layer cannot be entered twice"
-    return numba.threading_layer(), "Numba's threading layer"
-
-
-def pool_is_safe() -> bool:
-    """Whether Numba's own threads may be entered in this process: not in a forked child, not with the workqueue layer.
-
-    A forked child whose parent used the pool is killed when it enters it again; the workqueue layer aborts the process when two
-    Python threads enter at once. There the same workers run on Python threads, which costs 0.1 to 0.4 ms a launch.
-    """
-    return not attn_numba._pool_is_inherited and _layer_is_reentrant()
+def _hand_out(ticket: _Ticket) -> _Ticket:
+    try:
+        helper = _idle.pop()
+    except IndexError:
+        helper = _Helper()
+    helper.ticket = ticket
+    helper.wake.release()
+    return ticket
 
 
 _call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 
 
 @functools.cache
-def _callable(worker: int):
-    return _call(worker)  # ctypes releases the GIL during the call
+def _callable(worker: int) -> Callable[[int, int], None]:
+    return _call(worker)  # ctypes releases the interpreter's lock during the call
 
 
 def run(worker: int, state: int, count: int) -> None:
-    """Run `count` workers on the state and return when all are done; one worker runs in the calling thread."""
-    if count == 1:
-        return _callable(worker)(state, 0)
-    if pool_is_safe():
-        return _pool()(worker, state, count)
-    others = [threading.Thread(target=_callable(worker), args=(state, n)) for n in range(1, count)]
-    for thread in others:
-        thread.start()
-    _callable(worker)(state, 0)
-    for thread in others:
-        thread.join()
-    return None
+    """Run `count` workers on the state, one of them in the calling thread; return when all items are done."""
+    work = _callable(worker)
+    tickets = [_hand_out(_Ticket(work, state, number)) for number in range(1, count)]
+    work(state, 0)
+    interrupt = None
+    for ticket in tickets:
+        while not ticket.taken.acquire(blocking=False):  # a helper has it: the state must live until it is done
+            try:
+                ticket.done.acquire()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt

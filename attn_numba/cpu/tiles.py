@@ -13,17 +13,14 @@ A *word* below is one operand: 4 or 8 bytes. Rows that are read as vectors are p
 
 from __future__ import annotations
 
-import functools
 import math
-import time
 
 import llvmlite.ir as ir
-import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from attn_numba.cpu.target import target
-from attn_numba.cpu.vectors import CONTRACT, DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, Loop, Vectors
+from attn_numba.cpu.vectors import DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, Loop, Vectors
 
 CHAIN_VECTORS = 12  # keys (in vectors) whose weighted values are one chain of sums; longer chains would gather rounding errors
 VECTORS = 3  # vectors in a register tile's row; rows x 3 accumulators, 3 operands and a broadcast fit the register file
@@ -217,6 +214,15 @@ def _weights(count: int):
     return emit
 
 
+def _normalized(v: Vectors, unit, row, to, count, factor, shift, inverse):
+    builder = v.builder
+    score = v.load(row)
+    weight = v.exp2_nonpositive(v.fma(score, v.splat(factor), v.splat(builder.fneg(shift))))
+    weight = builder.fmul(weight, v.splat(inverse))
+    excluded = builder.fcmp_ordered("==", score, v.constant(-math.inf))
+    v.store_first(builder.select(excluded, v.constant(0.0), weight), to, count)
+
+
 def _row_sums(v: Vectors, unit, row, sums, columns):
     builder = v.builder
     step = v.lanes * v.bytes
@@ -275,36 +281,20 @@ def _gather_totals(v: Vectors, unit, totals, shrinks, added, rows):
 
 def _keep_first(v: Vectors, unit, to, source, count, rest):
     builder = v.builder
-    inside = _first_lanes(v, count)
-    v.store(builder.select(inside, v.load(source), v.splat(rest)), to)
-
-
-def _put_first(v: Vectors, unit, to, source, count):
-    builder = v.builder
-    pointer = v.pointer(to)
-    name = f"llvm.masked.store.v{v.lanes}{v.suffix}.p0"
-    inside = _first_lanes(v, count)
-    args = [v.load(source), pointer, ir.Constant(I32, 1), inside]
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [a.type for a in args]), name)
-    builder.call(function, args)
-
-
-def _first_lanes(v: Vectors, count):
-    lanes = ir.Constant(ir.VectorType(I32, v.lanes), list(range(v.lanes)))
-    return v.builder.icmp_signed("<", lanes, v.splat(v.builder.trunc(count, I32)))
+    v.store(builder.select(v.first_lanes(count), v.load(source), v.splat(rest)), to)
 
 
 # one vector: its first `count` numbers, and `rest` in the other lanes
 keep_first = _define(3, _keep_first, tail=(0,))
 # the first `count` numbers of a vector; memory beyond them is left alone
-put_first = _define(3, _put_first)
+put_first = _define(3, lambda v, unit, to, source, count: v.store_first(v.load(source), to, count))
 # largest number of a row of scores (whole vectors) and `start`; NaN is passed over
 row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
 # weights[j] = 2**(row[j] * factor - shift), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
 # The first takes whole triples of vectors, the second one vector.
 triples_to_weights, vector_to_weights = (_define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
+# the first `count` weights of a vector of scores, normalized; exactly 0 where the score is minus infinity
+normalized = _define(3, _normalized, tail=(0, 0, 0))
 # the same sums of weights that are there already; columns in whole triples of vectors
 row_sums = _define(3, _row_sums)
 # the sum of those three vectors
@@ -461,20 +451,21 @@ accumulator = _define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulato
 # -- Memory and calls --------------------------------------------------------------------------------------------------------
 
 
-def _bytes_access(kind: ir.Type, number: types.Type):
+def _bytes_access(kind: ir.Type):
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, signature, args):
             value = builder.load(builder.inttoptr(args[0], kind.as_pointer()))
             value.align = 1
-            return builder.sext(value, I64)
+            return value if kind == I64 else builder.sext(value, I64)
 
         return types.intp(types.intp), codegen
 
     @intrinsic
     def store(typingctx, address, value):
         def codegen(context, builder, signature, args):
-            builder.store(builder.trunc(args[1], kind), builder.inttoptr(args[0], kind.as_pointer())).align = 1
+            value = args[1] if kind == I64 else builder.trunc(args[1], kind)
+            builder.store(value, builder.inttoptr(args[0], kind.as_pointer())).align = 1
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp), codegen
@@ -482,8 +473,9 @@ def _bytes_access(kind: ir.Type, number: types.Type):
     return load, store
 
 
-load_byte, store_byte = _bytes_access(ir.IntType(8), types.int8)
-load_int32, store_int32 = _bytes_access(I32, types.int32)
+load_byte, store_byte = _bytes_access(ir.IntType(8))
+load_int32, store_int32 = _bytes_access(I32)
+load_word, _ = _bytes_access(I64)
 
 
 @intrinsic
@@ -518,4 +510,3 @@ def _function_pointer(count: int, returns: bool):
 call_edit = _function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
 call_runs = _function_pointer(6, False)  # (b, h, row of q, number of runs, address to write to, parameters)
 call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2
-call_worker = _function_pointer(2, False)  # (state, worker number)

@@ -85,6 +85,18 @@ class Vectors:
     def store(self, value: ir.Value, address: ir.Value, offset: ir.Value | int = 0) -> None:
         self.builder.store(value, self.pointer(address, offset, value.type)).align = 1
 
+    def first_lanes(self, count: ir.Value) -> ir.Value:
+        """A mask of the first `count` (int64) lanes."""
+        lanes = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
+        return self.builder.icmp_signed("<", lanes, self.splat(self.builder.trunc(count, I32)))
+
+    def store_where(self, mask: ir.Value, value: ir.Value, pointer: ir.Value) -> None:
+        """Store the lanes that the mask has; memory under the others is not touched."""
+        self.call(f"llvm.masked.store.v{self.lanes}{self.suffix}.p0", ir.VoidType(), value, pointer, ir.Constant(I32, 1), mask)
+
+    def store_first(self, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
+        self.store_where(self.first_lanes(count), value, self.pointer(address))
+
     def intrinsic(self, name: str, *args: ir.Value) -> ir.Value:
         """Call an LLVM intrinsic that is overloaded on the one type of its arguments."""
         kind = args[0].type
