@@ -24,9 +24,9 @@ __all__ = ["attention", "backends", "config_report", "mask_array", "merge", "war
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 NO_CUDA = "the CUDA kernels are not part of this version"
 RESULTS = {
-    (True, False): namedtuple("Attention", ("out", "lse")),  # noqa: PYI024  typed in the docstring
-    (False, True): namedtuple("Attention", ("out", "weights")),  # noqa: PYI024
-    (True, True): namedtuple("Attention", ("out", "lse", "weights")),  # noqa: PYI024
+    (True, False): namedtuple("Attention", ("out", "lse")),
+    (False, True): namedtuple("Attention", ("out", "weights")),
+    (True, True): namedtuple("Attention", ("out", "lse", "weights")),
 }
 
 
@@ -156,7 +156,9 @@ def _backend(backend: str, *arrays: Any) -> str:
         where = ", ".join(f"{n} on a {'GPU' if d else 'host'}" for n, d in zip("qkv", on_device, strict=True))
         raise TypeError(f"q, k, v are in different places: {where}; needed one place for all three")
     if any(on_device) or backend == "cuda":
-        raise NotImplementedError(f"backend 'cuda' cannot run: {NO_CUDA}; arrays in host memory run on 'cpu' and 'reference'")
+        raise NotImplementedError(
+            f"backend 'cuda' cannot run: {NO_CUDA}; arrays in host memory run on 'cpu' and 'reference'"
+        )
     if backend == "auto":
         return "cpu"
     return backend
@@ -168,7 +170,9 @@ def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> 
     except ImportError as error:
         if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
             raise
-        raise NotImplementedError(f"backend 'cpu' needs numba, which is not installed; 'reference' runs without: {error}") from error
+        raise NotImplementedError(
+            f"backend 'cpu' needs numba, which is not installed; 'reference' runs without: {error}"
+        ) from error
     s = call.sizes
     if out is None:
         out = np.empty((s.B, s.H, s.M, s.E), call.q.dtype)
@@ -193,7 +197,9 @@ def _on_reference(call: Problem, out: Any, return_lse: bool, return_weights: boo
     return (out, *found[1:])
 
 
-def mask_array(mask: Any, shape: tuple[int, int, int, int], query_offset: Any = None, key_offset: Any = 0) -> np.ndarray:
+def mask_array(
+    mask: Any, shape: tuple[int, int, int, int], query_offset: Any = None, key_offset: Any = 0
+) -> np.ndarray:
     """Return a mask as an array.
 
     Parameters

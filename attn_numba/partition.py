@@ -71,9 +71,13 @@ def merge(outs: Sequence[object], lses: Sequence[object], sink: object = None) -
         if out.shape != results[0].shape:
             raise ValueError(f"outs[{n}] has shape {out.shape}; outs[0] has {results[0].shape}")
         if lse.shape != out.shape[:-1]:
-            raise ValueError(f"lses[{n}] has shape {lse.shape}; needed {out.shape[:-1]}, one number for each row of outs[{n}]")
+            raise ValueError(
+                f"lses[{n}] has shape {lse.shape}; needed {out.shape[:-1]}, one number for each row of outs[{n}]"
+            )
         if out.dtype != results[0].dtype or lse.dtype != sums[0].dtype:
-            raise TypeError(f"part {n} has dtypes {out.dtype}, {lse.dtype}; part 0 has {results[0].dtype}, {sums[0].dtype}")
+            raise TypeError(
+                f"part {n} has dtypes {out.dtype}, {lse.dtype}; part 0 has {results[0].dtype}, {sums[0].dtype}"
+            )
     number = ACCUMULATORS[results[0].dtype.name]
     stacked = np.stack([x.astype(number, copy=False) for x in sums])
     if sink is not None:
@@ -95,7 +99,9 @@ def merge(outs: Sequence[object], lses: Sequence[object], sink: object = None) -
     out = np.zeros(results[0].shape, number)
     for result, share in zip(results, shares, strict=False):
         weight = (share * inverse)[..., np.newaxis]
-        out += np.where(weight == 0, number.type(0), weight * result.astype(number, copy=False))  # 0 times NaN is nothing here
+        out += np.where(
+            weight == 0, number.type(0), weight * result.astype(number, copy=False)
+        )  # 0 times NaN is nothing here
     return Merged(out.astype(results[0].dtype, copy=False), lse.astype(sums[0].dtype, copy=False))
 
 

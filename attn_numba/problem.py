@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 
     @property
     def accumulator(self) -> np.dtype[Any]:
-        """dtype of sums, lse and weights."""
+        """Dtype of sums, lse and weights."""
         return ACCUMULATORS[self.dtype]
 
 
@@ -89,7 +89,9 @@ def host_array(x: object, name: str) -> AnyArray:
     elif hasattr(x, "__dlpack__"):
         array = _converted(np.from_dlpack, x, name)
     else:
-        raise TypeError(f"{name} is {type(x).__name__}; needed an array: NumPy's, or one that offers __array__ or DLPack")
+        raise TypeError(
+            f"{name} is {type(x).__name__}; needed an array: NumPy's, or one that offers __array__ or DLPack"
+        )
     if dtype_name(array.dtype) not in ACCUMULATORS:
         raise TypeError(f"{name} has dtype {array.dtype.name}; needed float64, float32, float16 or bfloat16")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -123,7 +125,9 @@ def check_arrays(q: object, k: object, v: object) -> tuple[AnyArray, AnyArray, A
     arrays = [host_array(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
     dtype = arrays[0].dtype
     if not arrays[1].dtype == arrays[2].dtype == dtype:
-        raise TypeError(f"q, k, v have dtypes {', '.join(a.dtype.name for a in arrays)}; needed one dtype for all three")
+        raise TypeError(
+            f"q, k, v have dtypes {', '.join(a.dtype.name for a in arrays)}; needed one dtype for all three"
+        )
     rank = arrays[0].ndim
     q4, k4, v4 = (_four_axes(a, name) for a, name in zip(arrays, "qkv", strict=True))
     (B, H, M, D), (_, Hk, N, _), E = q4.shape, k4.shape, v4.shape[3]
@@ -135,7 +139,9 @@ def check_arrays(q: object, k: object, v: object) -> tuple[AnyArray, AnyArray, A
     if D < 1 or E < 1:
         raise ValueError(f"{'q' if D < 1 else 'v'} has {'head' if D < 1 else 'value'} size 0; needed at least 1")
     if H < 1 or Hk < 1 or H % Hk:
-        raise ValueError(f"k has {Hk} heads; q has {H}, not a multiple of {Hk}" if Hk else "k has 0 heads; needed at least 1")
+        raise ValueError(
+            f"k has {Hk} heads; q has {H}, not a multiple of {Hk}" if Hk else "k has 0 heads; needed at least 1"
+        )
     if v4.shape[1] != Hk:
         raise ValueError(f"v has {v4.shape[1]} heads; k has {Hk}")
     if v4.shape[2] != N:
@@ -182,17 +188,23 @@ def check_offset(offset: object, name: str, sequences: int, rows: int) -> int | 
     else:
         array = np.asarray(offset)
         if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} is {type(offset).__name__} of dtype {array.dtype}; needed an integer or integers (B,)")
+            raise TypeError(
+                f"{name} is {type(offset).__name__} of dtype {array.dtype}; needed an integer or integers (B,)"
+            )
         if array.shape not in ((), (sequences,)):
             raise ValueError(f"{name} has shape {array.shape}; needed one integer or shape (B,) = ({sequences},)")
         first, last = (int(array.min()), int(array.max())) if array.size else (0, 0)
         result = operator.index(array[()]) if array.ndim == 0 else array.astype(np.int64)
     if first <= -POSITION_LIMIT or last + rows >= POSITION_LIMIT:
-        raise ValueError(f"{name} gives positions from {first} to {last + rows - 1}; needed less than 2**30 either side of 0")
+        raise ValueError(
+            f"{name} gives positions from {first} to {last + rows - 1}; needed less than 2**30 either side of 0"
+        )
     return result if isinstance(result, int) else result.astype(np.int32)
 
 
-def check_offsets(query_offset: object, key_offset: object, sizes: Sizes, rules: Any) -> tuple[int | AnyArray, int | AnyArray]:
+def check_offsets(
+    query_offset: object, key_offset: object, sizes: Sizes, rules: Any
+) -> tuple[int | AnyArray, int | AnyArray]:
     """Return both offsets; a query offset of None stands for the key offset where ``M == N``.
 
     Raises
@@ -276,8 +288,19 @@ def check(
     return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, dot, softmax, number, query_at, key_at, drop, key)
 
 
-def _key(rule: Any, chain: Any, drop: Any, sizes: Sizes, dtype: str, scale: float, query_at: Any, key_at: Any) -> Hashable:
-    return (_identity(rule), *map(_identity, chain), _identity(drop), sizes, dtype, scale, _as_key(query_at), _as_key(key_at))
+def _key(
+    rule: Any, chain: Any, drop: Any, sizes: Sizes, dtype: str, scale: float, query_at: Any, key_at: Any
+) -> Hashable:
+    return (
+        _identity(rule),
+        *map(_identity, chain),
+        _identity(drop),
+        sizes,
+        dtype,
+        scale,
+        _as_key(query_at),
+        _as_key(key_at),
+    )
 
 
 def _identity(rule: Any) -> Hashable:

@@ -124,12 +124,17 @@ def offsets(rng, z):
 
 
 def random_sizes(rng):
-    """Small calls; one in eight has a head so large that its keys take several tiles."""
+    """Small calls; in one of eight the keys take several tiles: there are many of them, or the head size is large."""
     several_tiles = rng.random() < 0.125
-    D, E = (int(x) for x in (rng.integers(500, 900, 2) if several_tiles else rng.choice([1, 3, 8, 16, 17, 40, 64], 2)))
-    N = int(rng.integers(200, 450) if several_tiles else rng.integers(1, 130))
+    D, E = (int(x) for x in rng.choice([1, 3, 8, 16, 17, 40, 64], 2))
+    M, N = int(rng.integers(1, 40)), int(rng.integers(1, 130))
+    if several_tiles and rng.random() < 0.5:
+        M, N = int(rng.integers(1, 12)), int(rng.integers(800, 1700))
+    elif several_tiles:
+        M, N = int(rng.integers(1, 9)), int(rng.integers(200, 450))
+        D, E = (int(x) for x in rng.integers(500, 900, 2))
     Hk, served = int(rng.integers(1, 3)), int(rng.integers(1, 4))
-    return Sizes(int(rng.integers(1, 3)), Hk * served, Hk, int(rng.integers(1, 9 if several_tiles else 40)), N, D, E)
+    return Sizes(int(rng.integers(1, 3)), Hk * served, Hk, M, N, D, E)
 
 
 def random_array(rng, shape, dtype):

@@ -197,7 +197,7 @@ def test_any_strides(E, dtype):
         lambda x: np.ascontiguousarray(x[:, :, ::-1, ::-1])[:, :, ::-1, ::-1],
         lambda x: np.ascontiguousarray(x.swapaxes(2, 3)).swapaxes(2, 3),
         lambda x: np.repeat(x, 2, axis=3)[..., ::2],
-        lambda x: not_aligned,
+        not_aligned,
     ):
         found = an.attention(*map(layout, (q, k, v)), mask=an.Causal(), query_offset=100, **ASKED)
         assert_same(found, expected)

@@ -64,7 +64,9 @@ _NOTHING = np.zeros(1, np.int64)
 
 def _bind(problem: Problem) -> Bound:
     sizes, binder = problem.sizes, Binder()
-    binder.bind(tuple(np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in (problem.query_offset, problem.key_offset)))
+    binder.bind(
+        tuple(np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in (problem.query_offset, problem.key_offset))
+    )
     mask, score = _formulas(problem, binder)
     runs = _runs(problem, binder)
     drops = problem.dropout is not None and problem.dropout.rate > 0
@@ -110,7 +112,9 @@ def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Nod
     return mask, score
 
 
-def _compile(number: ir.Type, params: list, mask: MaskFormula | None, score: Node | None, runs, first_drop: int | None) -> dict[str, int]:
+def _compile(
+    number: ir.Type, params: list, mask: MaskFormula | None, score: Node | None, runs, first_drop: int | None
+) -> dict[str, int]:
     module = ir.Module("hooks")
     if mask is not None:
         emit_tile(module, "tile", number, params, *mask)

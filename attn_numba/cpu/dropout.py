@@ -68,7 +68,10 @@ def emit_dropout(module: ir.Module, name: str, number: ir.Type, params: list, fi
     q_offset, k_offset = hook.offsets(b)
     v = hook.emitter({"b": b})
     keys = Array(first_param, np.dtype(np.int32), 2)
-    key = [v.value(Node("load", (Node("symbol", kind="int", data="b"), Node("const", kind="int", data=n)), "int", keys)) for n in (0, 1)]
+    key = [
+        v.value(Node("load", (Node("symbol", kind="int", data="b"), Node("const", kind="int", data=n)), "int", keys))
+        for n in (0, 1)
+    ]
     counts_b, last, scale = (
         v.value(Node("number", kind=kind, data=first_param + n)) for n, kind in ((1, "int"), (2, "int"), (3, "float"))
     )

@@ -19,7 +19,9 @@ from attn_numba.rules import Sizes
 
 GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
 BLOCK_ROWS = 192  # rows of an item, which share the packed keys
-TILE_BYTES = 400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
+TILE_BYTES = (
+    400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
+)
 SMALL = 2_000_000  # multiply-adds below which a second thread costs more than it gives
 
 
@@ -64,7 +66,9 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     Every element of the results is written by one worker.
     """
     if problem.dtype == "float16" and not target().half:  # no float16 conversion in this processor
-        wide = problem._replace(q=problem.q.astype("f4"), k=problem.k.astype("f4"), v=problem.v.astype("f4"), dtype="float32")
+        wide = problem._replace(
+            q=problem.q.astype("f4"), k=problem.k.astype("f4"), v=problem.v.astype("f4"), dtype="float32"
+        )
         result = np.empty(out.shape, np.float32)
         attention(wide, result, lse, weights)
         out[...] = result
@@ -114,7 +118,9 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
     state_rows = _up(group, lanes)
     states = local // group * state_rows
     columns = min(tile, _up(N, lanes))
-    keys_row = columns + lanes * (1 - columns // lanes % 2)  # an odd number of vectors: rows fall into different cache sets
+    keys_row = columns + lanes * (
+        1 - columns // lanes % 2
+    )  # an odd number of vectors: rows fall into different cache sets
     scratch_row = max(padded, 2 * _up(width, 2 * lanes))
     parts = {
         "q_at": local * depth * word, "out_at": local * width * word, "largest_at": states * word, "total_at": states * word,

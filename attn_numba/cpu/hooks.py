@@ -11,8 +11,6 @@ modifiers a division by a number that is the same for all keys becomes a product
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 
 import llvmlite.binding as llvm
@@ -52,7 +50,15 @@ def settled(params: list, number: np.dtype) -> list:
 
 def _settled(array: np.ndarray, number: np.dtype) -> np.ndarray:
     kind = array.dtype.kind
-    wanted = np.dtype(bool if kind == "b" else np.int32 if kind in "iu" else array.dtype if array.dtype.str[1:] in ELEMENTS else number)
+    wanted = np.dtype(
+        bool
+        if kind == "b"
+        else np.int32
+        if kind in "iu"
+        else array.dtype
+        if array.dtype.str[1:] in ELEMENTS
+        else number
+    )
     step = array.strides[-1] if array.ndim and array.shape[-1] > 1 else 0
     regular = all(s % array.itemsize == 0 for s in array.strides) and step in (0, array.itemsize)
     if wanted == array.dtype and regular and array.dtype.isnative:
@@ -78,7 +84,9 @@ def words(params: list) -> np.ndarray:
 def structure(params: list) -> tuple:
     """Return what of the parameters is compiled in: int or float of numbers; type and rank of arrays, and whether keys share one."""
     return tuple(
-        (p.dtype.str, p.ndim, p.ndim > 0 and (p.strides[-1] == 0 or p.shape[-1] == 1)) if isinstance(p, np.ndarray) else type(p).__name__
+        (p.dtype.str, p.ndim, p.ndim > 0 and (p.strides[-1] == 0 or p.shape[-1] == 1))
+        if isinstance(p, np.ndarray)
+        else type(p).__name__
         for p in params
     )
 
@@ -228,7 +236,7 @@ class Emitter(Vectors):
         raise NotImplementedError(f"no {op} of floats in a rule")
 
     def _reduced(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """x = n ln 2 + r: the integer n as a float, and exp(r) - 1 to full relative precision."""
+        """X = n ln 2 + r: the integer n as a float, and exp(r) - 1 to full relative precision."""
         n = self.intrinsic("llvm.rint", self.builder.fmul(x, self.like(x, 1 / math.log(2))))
         high, low = LN2_PARTS[self.number]
         r = self.fma(n, self.like(x, -low), self.fma(n, self.like(x, -high), x))
@@ -246,12 +254,14 @@ class Emitter(Vectors):
     def exp(self, x: ir.Value) -> ir.Value:
         low, high = EXP_RANGE[self.number]
         n, small = self._reduced(self.at_most(self.at_least(x, low), high))
-        half = self.intrinsic("llvm.floor", self.builder.fmul(n, self.like(n, 0.5)))  # 2**n in two factors: it may overflow
+        half = self.intrinsic(
+            "llvm.floor", self.builder.fmul(n, self.like(n, 0.5))
+        )  # 2**n in two factors: it may overflow
         value = self.builder.fmul(self.builder.fadd(small, self.like(x, 1.0)), self._power_of_two(half))
         return self.builder.fmul(value, self._power_of_two(self.builder.fsub(n, half)))
 
     def tanh(self, x: ir.Value) -> ir.Value:
-        """tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the digits of a small x; then the sign of x."""
+        """Tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the digits of a small x; then the sign of x."""
         builder, limit = self.builder, TANH_LIMIT[self.number]
         size = self.at_most(self.intrinsic("llvm.fabs", x), limit)
         n, small = self._reduced(builder.fadd(size, size))
@@ -341,7 +351,9 @@ class Emitter(Vectors):
 class Hook:
     """One function under construction, `(int64, ...) -> void or int64`, with the parameter block as its last argument."""
 
-    def __init__(self, module: ir.Module, name: str, arguments: int, returns: bool, number: ir.Type, params: list) -> None:
+    def __init__(
+        self, module: ir.Module, name: str, arguments: int, returns: bool, number: ir.Type, params: list
+    ) -> None:
         result = I64 if returns else ir.VoidType()
         self.function = ir.Function(module, ir.FunctionType(result, [I64] * arguments), name)
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
@@ -350,7 +362,9 @@ class Hook:
         self.params, self.places = params, layout(params)
 
     def emitter(self, symbols: dict, masked: ir.Value | None = None, exact: bool = True) -> Emitter:
-        return Emitter(self.builder, self.number, self.lanes, self.block, self.params, self.places, symbols, masked, exact)
+        return Emitter(
+            self.builder, self.number, self.lanes, self.block, self.params, self.places, symbols, masked, exact
+        )
 
     def offsets(self, b: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Position of query row 0 and key row 0 of sequence b: parameters 0 and 1 of every block."""

@@ -59,7 +59,9 @@ def cache_folder() -> tuple[str | None, str]:
         path = _SourcesCache(_sources_stamp.__wrapped__).cache_path
     except RuntimeError as error:
         return None, f"no folder can be written: {error}"
-    return path, "NUMBA_CACHE_DIR" if os.environ.get("NUMBA_CACHE_DIR") else "next to the package or in the user's cache"
+    return path, "NUMBA_CACHE_DIR" if os.environ.get(
+        "NUMBA_CACHE_DIR"
+    ) else "next to the package or in the user's cache"
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 
 from attn_numba.cpu import tiles as t
 from attn_numba.cpu.engine import unit_of
-from attn_numba.cpu.forward import compiled
+from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.launch import compile_worker, run
 from attn_numba.cpu.tiles import TILE_ROWS, VECTORS
 
@@ -20,7 +20,9 @@ score_tile_3, load_word = t.score_tile_3, t.load_word
 def _repeat(state, unit):
     for _ in range(load_word(state)):
         length = VECTORS * load_word(state + 32)
-        score_tile_3(unit, load_word(state + 8), DEPTH, load_word(state + 16), length, load_word(state + 24), length, DEPTH)
+        score_tile_3(
+            unit, load_word(state + 8), DEPTH, load_word(state + 16), length, load_word(state + 24), length, DEPTH
+        )
 
 
 def peak_float32(state, number):
@@ -48,7 +50,10 @@ def peak_rate(dtype: str, seconds: float = 0.2) -> float:
     unit = unit_of(str(dtype), False)
     worker = {"f8": peak_float64, "f4": peak_bfloat16 if unit.pairs else peak_float32}[f"f{unit.word}"]
     address = compile_worker(worker)
-    a, b, c = (np.zeros(n * unit.word, np.uint8) for n in (TILE_ROWS * DEPTH, DEPTH * VECTORS * unit.lanes, TILE_ROWS * VECTORS * unit.lanes))
+    a, b, c = (
+        np.zeros(n * unit.word, np.uint8)
+        for n in (TILE_ROWS * DEPTH, DEPTH * VECTORS * unit.lanes, TILE_ROWS * VECTORS * unit.lanes)
+    )
     flops = 2 * TILE_ROWS * VECTORS * unit.lanes * DEPTH * (2 if unit.pairs else 1)
 
     def measure(turns: int) -> float:

@@ -22,7 +22,9 @@ from numba.extending import intrinsic
 from attn_numba.cpu.target import target
 from attn_numba.cpu.vectors import DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, Loop, Vectors
 
-CHAIN_VECTORS = 12  # keys (in vectors) whose weighted values are one chain of sums; longer chains would gather rounding errors
+CHAIN_VECTORS = (
+    12  # keys (in vectors) whose weighted values are one chain of sums; longer chains would gather rounding errors
+)
 VECTORS = 3  # vectors in a register tile's row; rows x 3 accumulators, 3 operands and a broadcast fit the register file
 TILE_ROWS = target().tile_rows
 BF16_DOT = {64: "llvm.x86.avx512bf16.dpbf16ps.512"}

@@ -92,7 +92,9 @@ class Vectors:
 
     def store_where(self, mask: ir.Value, value: ir.Value, pointer: ir.Value) -> None:
         """Store the lanes that the mask has; memory under the others is not touched."""
-        self.call(f"llvm.masked.store.v{self.lanes}{self.suffix}.p0", ir.VoidType(), value, pointer, ir.Constant(I32, 1), mask)
+        self.call(
+            f"llvm.masked.store.v{self.lanes}{self.suffix}.p0", ir.VoidType(), value, pointer, ir.Constant(I32, 1), mask
+        )
 
     def store_first(self, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
         self.store_where(self.first_lanes(count), value, self.pointer(address))

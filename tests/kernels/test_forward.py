@@ -38,6 +38,14 @@ def test_every_rule_has_a_case(name):
     assert any(type(used) is rule for case in CASES for used in rules_of(case.kwargs()))
 
 
+@pytest.mark.parametrize("size", [300, 512, 1000, 2000])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_large_head_sizes(size, backend):
+    rng = np.random.default_rng(size)
+    q, k, v = (rng.standard_normal((1, 4, n, size)).astype(np.float32) for n in (96, 150, 150))
+    check_attention(q, k, v, backend, name=f"head size {size}")
+
+
 def test_results_by_what_is_asked_for(backend):
     q, k, v, _ = CASES[0].build("float32")
     out = an.attention(q, k, v, backend=backend)

@@ -1,0 +1,178 @@
+"""A tile of keys as one item needs it: which keys its rows see, those keys transposed, and values without NaN and infinity.
+
+A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the register tiles
+and listed, to be added to the rows that see them one by one.
+"""
+
+from __future__ import annotations
+
+from attn_numba.cpu.rows import clear, compiled, read_row, rounded_up
+from attn_numba.cpu.tiles import (
+    SAME,
+    VECTORS,
+    call_kind,
+    interleave,
+    is_pairs,
+    load_byte,
+    load_int32,
+    row_is_finite,
+    store_byte,
+    store_int32,
+    transpose,
+    vector_length,
+    word_bytes,
+)
+
+NONE, SOME, ALL = 0, 1, 2  # what the tile hook answers
+
+
+@compiled
+def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
+    """Write NONE, SOME or ALL for each vector of keys of the tile as rows i0 to i1 see it; return 0 if none is seen.
+
+    The question is put for the whole tile, then for panels, then for single vectors, as long as the answer is SOME.
+    """
+    lanes = vector_length(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
+    kind = ALL
+    if call.tile_hook:
+        kind = call_kind(call.tile_hook, b, h, i0, i1, j0, j1, call.parameters)
+    seen = 0
+    for p in range(0, vectors, VECTORS):
+        first, last = p, min(p + VECTORS, vectors)
+        one = kind
+        if kind == SOME:
+            one = call_kind(
+                call.tile_hook, b, h, i0, i1, j0 + first * lanes, min(j0 + last * lanes, j1), call.parameters
+            )
+        for n in range(first, last):
+            each = one
+            if one == SOME:
+                at = j0 + n * lanes
+                each = call_kind(call.tile_hook, b, h, i0, i1, at, min(at + lanes, j1), call.parameters)
+            store_byte(kinds + n, each)
+            seen |= each
+    return seen
+
+
+@compiled
+def _pack_keys(call, space, keys, number, j0, unit):
+    """Transpose one vector of keys, vector `number` of the tile: word d of key n goes to (d, n). Keys beyond the last are zero."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    to = space + call.keys_at + number * lanes * word
+    scratch = space + call.scratch_at
+    row = call.depth_padded * word
+    whole = (call.kind == SAME or is_pairs(unit)) and call.k_d == call.itemsize and call.D * call.itemsize == row
+    source, source_row = keys + j0 * call.k_j, call.k_j
+    if not whole or j0 + lanes > call.N:
+        for n in range(lanes):
+            clear(scratch + n * row, call.depth_padded, unit)
+            if j0 + n < call.N:
+                read_row(scratch + n * row, keys + (j0 + n) * call.k_j, call.k_d, call.D, call, unit)
+        source, source_row = scratch, row
+    for d in range(0, call.depth_padded, lanes):
+        transpose(unit, source + d * word, source_row, to + d * call.keys_row * word, call.keys_row * word)
+
+
+@compiled
+def _mark_runs(call, space, union, rows, j0, j1, lanes):
+    """Mark all vectors of the tile between the first and the last key that any row of the item sees; return 0 if there are none."""
+    first, end = j1, j0
+    for r in range(rows):
+        at = space + call.row_runs_at + r * call.run_count * 8
+        first = min(first, max(load_int32(at), j0))
+        end = max(end, min(load_int32(at + 8 * call.run_count - 4), j1))
+    for n in range((first - j0) // lanes, (end - j0 + lanes - 1) // lanes):
+        store_byte(union + n, SOME)
+    return 1 if end > first else 0
+
+
+@compiled
+def _copy_values(call, space, values, j0, j1, column, unit):
+    """Copy values j0 to j1 to the workspace, from column `column` of the tile on, rows that are not finite as zeros."""
+    word = word_bytes(unit)
+    row = call.value_width * word
+    if is_pairs(unit):
+        scratch, half = space + call.scratch_at, rounded_up(call.value_width * 2, vector_length(unit) * word)
+        for j in range(j0, j1, 2):
+            clear(scratch, 2 * half // word, unit)
+            for n in range(min(2, j1 - j)):
+                read_row(scratch + n * half, values + (j + n) * call.v_j, call.v_e, call.E, call, unit)
+                if not row_is_finite(unit, scratch + n * half, half // word):
+                    clear(scratch + n * half, half // word, unit)
+            to = space + call.values_at + (column + j - j0) // 2 * row
+            interleave(unit, to, scratch, scratch + half, call.value_width)
+        return
+    for j in range(j0, j1):
+        to = space + call.values_at + (column + j - j0) * row
+        clear(to, call.value_width, unit)
+        read_row(to, values + j * call.v_j, call.v_e, call.E, call, unit)
+        if not row_is_finite(unit, to, call.value_width):
+            clear(to, call.value_width, unit)
+
+
+@compiled
+def _find_special(call, space, values, j0, j1, column, count, unit):
+    """Append to the list of special keys those of j0 to j1 whose values are not all finite; return its new length."""
+    word = word_bytes(unit)
+    scratch = space + call.scratch_at
+    row = rounded_up(call.E * (2 if is_pairs(unit) else word), vector_length(unit) * word) // word
+    for j in range(j0, j1):
+        at = values + j * call.v_j
+        if not call.values_in_place:
+            clear(scratch, row, unit)
+            read_row(scratch, at, call.v_e, call.E, call, unit)
+            at = scratch
+        if not row_is_finite(unit, at, row):
+            store_int32(space + call.special_at + 4 * count, column + j - j0)
+            count += 1
+    return count
+
+
+@compiled
+def prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+    """Classify the tile for all groups and pack the keys that any of them sees; return -1 if none does, else the number of special
+    keys.
+    """
+    lanes = vector_length(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
+    kinds = space + call.kinds_at
+    most = call.key_tile // lanes
+    union = kinds + groups * most
+    for n in range(vectors):
+        store_byte(union + n, NONE)
+    seen = 0
+    if call.runs_hook:
+        seen = _mark_runs(call, space, union, groups * call.group_rows, j0, j1, lanes)
+    for g in range(0 if call.runs_hook else groups):
+        i0 = i_first + g % head_groups * call.group_rows
+        i1 = min(i0 + call.group_rows, i_end)
+        seen |= _classify(call, kinds + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
+        for n in range(vectors):
+            store_byte(union + n, load_byte(union + n) | load_byte(kinds + g * most + n))
+    if not seen:
+        return -1
+    keys = call.k + b * call.k_b + hk * call.k_h
+    values = call.v + b * call.v_b + hk * call.v_h
+    special = 0
+    for n in range(vectors):
+        if load_byte(union + n):
+            first = j0 + n * lanes
+            _pack_keys(call, space, keys, n, first, unit)
+            special = _find_special(call, space, values, first, min(first + lanes, j1), n * lanes, special, unit)
+    if special or not call.values_in_place:
+        for n in range(vectors):
+            if load_byte(union + n):
+                first = j0 + n * lanes
+                _copy_values(call, space, values, first, min(first + lanes, j1), n * lanes, unit)
+    return special
+
+
+@compiled
+def run_end(kinds, n, vectors):
+    """The end of the run of vectors from n on that have the same kind."""
+    kind = load_byte(kinds + n)
+    n += 1
+    while n < vectors and load_byte(kinds + n) == kind:
+        n += 1
+    return n

@@ -1,0 +1,270 @@
+"""One group of rows against one tile of keys: scores, hooks, running softmax, weighted values."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from attn_numba.cpu.keys import NONE, SOME, run_end
+from attn_numba.cpu.rows import clear, compiled, read_row
+from attn_numba.cpu.strips import strip_values
+from attn_numba.cpu.tiles import (
+    CHAIN_VECTORS,
+    TILE_ROWS,
+    VECTORS,
+    accumulator,
+    advance_rows,
+    call_edit,
+    gather_totals,
+    is_pairs,
+    load_byte,
+    load_int32,
+    load_number,
+    read_brain_number,
+    row_largest,
+    row_scale,
+    row_total,
+    score_row_1,
+    score_row_3,
+    score_tile_1,
+    score_tile_2,
+    score_tile_3,
+    store_byte,
+    store_int32,
+    store_number,
+    triples_to_weights,
+    value_row_1,
+    value_row_2,
+    value_row_3,
+    value_tile_1,
+    value_tile_2,
+    value_tile_3,
+    vector_length,
+    vector_to_weights,
+    word_bytes,
+)
+
+
+@compiled
+def _tiled_rows(rows):
+    """How many rows to give to register tiles: one or two rows left over go one by one, more fill a tile (with rows to spare)."""
+    over = rows % TILE_ROWS
+    return rows - over + (TILE_ROWS if over > 2 else 0)
+
+
+@compiled
+def list_runs(runs, kinds, columns, lanes):
+    """List the stretches of keys that are seen, as pairs (first, end) that begin at whole vectors and cross no chain of sums; return
+    their number.
+    """
+    vectors = (columns + lanes - 1) // lanes
+    count = n = 0
+    while n < vectors:
+        if load_byte(kinds + n):
+            store_int32(runs + 8 * count, n * lanes)
+            chain = (n // CHAIN_VECTORS + 1) * CHAIN_VECTORS
+            while n < min(vectors, chain) and load_byte(kinds + n):
+                n += 1
+            store_int32(runs + 8 * count + 4, min(n * lanes, columns))
+            count += 1
+        else:
+            n += 1
+    return count
+
+
+@compiled
+def _chain_end(runs, n, count, chain):
+    """The end of the stretches from n on that belong to the same chain of sums."""
+    last = (load_int32(runs + 8 * n) // chain + 1) * chain
+    while n < count and load_int32(runs + 8 * n) < last:
+        n += 1
+    return n
+
+
+@compiled
+def _products(call, space, queries, first, end, rows, unit):
+    """Fill columns `first` to `end` (whole vectors) of the strip with q . k, three vectors at a time, two or one at the end."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    length, depth, keys_row = call.strip_row, call.depth, call.keys_row
+    tiled = _tiled_rows(rows)
+    for column in range(first, end, VECTORS * lanes):
+        packed = space + call.keys_at + column * word
+        strip = space + call.scores_at + column * word
+        left = min((end - column + lanes - 1) // lanes, VECTORS)
+        for r in range(0, tiled, TILE_ROWS):
+            a, to = queries + r * depth * word, strip + r * length * word
+            if left == 3:
+                score_tile_3(unit, a, depth, packed, keys_row, to, length, depth)
+            elif left == 2:
+                score_tile_2(unit, a, depth, packed, keys_row, to, length, depth)
+            else:
+                score_tile_1(unit, a, depth, packed, keys_row, to, length, depth)
+        for r in range(tiled, rows):
+            a, to = queries + r * depth * word, strip + r * length * word
+            if left == 3:
+                score_row_3(unit, a, depth, packed, keys_row, to, length, depth)
+            else:
+                for n in range(left):
+                    score_row_1(
+                        unit, a, depth, packed + n * lanes * word, keys_row, to + n * lanes * word, length, depth
+                    )
+
+
+@compiled
+def scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit):
+    """Fill the strip of scores: products, then the hooks, then minus infinity beyond the last key."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
+    strip, length = space + call.scores_at, call.strip_row
+    for run in range(count):
+        _products(call, space, queries, load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4), rows, unit)
+    n = 0
+    while n < vectors:
+        end = run_end(kinds, n, vectors)
+        kind = load_byte(kinds + n)
+        hook = call.edit_hook if kind == SOME else call.modify_hook
+        if kind != NONE and hook:
+            first, last = j0 + n * lanes, min(j0 + end * lanes, j1)
+            call_edit(hook, strip + n * lanes * word, length, b, h, i0, rows, first, last - first, call.parameters)
+        n = end
+    for r in range(rows):
+        for j in range(j1 - j0, vectors * lanes):
+            store_number(number, strip + (r * length + j) * word, -np.inf)
+
+
+@compiled
+def note_seen(call, space, kinds, rows, special, unit):
+    """For each special key, note which rows see it: those whose final score is not minus infinity."""
+    number = accumulator(unit)
+    word, lanes = word_bytes(unit), vector_length(unit)
+    for n in range(special):
+        column = load_int32(space + call.special_at + 4 * n)
+        for r in range(rows):
+            seen = 0
+            if load_byte(kinds + column // lanes):
+                score = load_number(number, space + call.scores_at + (r * call.strip_row + column) * word)
+                seen = 0 if score == -np.inf else 1
+            store_byte(space + call.seen_at + n * call.group_rows + r, seen)
+
+
+@compiled
+def _row_to_weights(row, weights, sums, runs, count, factor, shift, unit):
+    """Turn a row of scores into weights where keys are seen; vector n adds to the partial sums n modulo 3."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    width = 2 if is_pairs(unit) else word
+    for run in range(count):
+        n = load_int32(runs + 8 * run) // lanes
+        end = (load_int32(runs + 8 * run + 4) + lanes - 1) // lanes
+        while n < end:
+            a, to, total = row + n * lanes * word, weights + n * lanes * width, sums + n % VECTORS * lanes * word
+            if n % VECTORS == 0 and n + VECTORS <= end:
+                whole = (end - n) // VECTORS * VECTORS
+                triples_to_weights(unit, a, to, total, whole * lanes, factor, shift)
+                n += whole
+            else:
+                vector_to_weights(unit, a, to, total, lanes, factor, shift)
+                n += 1
+
+
+@compiled
+def softmax(call, space, runs, count, g, rows, unit):
+    """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
+    number = accumulator(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
+    strip, length = space + call.scores_at, call.strip_row
+    state = g * call.state_rows * word
+    tops = space + call.rows_at
+    shifts, shrinks = tops + call.state_rows * word, tops + 2 * call.state_rows * word
+    added = tops + 3 * call.state_rows * word
+    for r in range(rows):
+        top = type(number)(-np.inf)
+        for run in range(count):
+            first, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+            columns = (end - first + lanes - 1) // lanes * lanes
+            top = row_largest(number, strip + (r * length + first) * word, columns, top)
+        store_number(number, tops + r * word, top)
+    factor = type(number)(call.factor)
+    advance_rows(number, tops, space + call.largest_at + state, shifts, shrinks, rows, factor)
+    sums = space + call.sums_at
+    for r in range(rows):
+        row = strip + r * length * word
+        weights = space + call.pairs_at + r * length * 2 if is_pairs(unit) else row
+        clear(sums, VECTORS * lanes, unit)
+        _row_to_weights(row, weights, sums, runs, count, factor, load_number(number, shifts + r * word), unit)
+        store_number(number, added + r * word, row_total(number, sums))
+        shrink = load_number(number, shrinks + r * word)
+        if shrink != 1.0:
+            out = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
+            row_scale(number, out, call.value_width, shrink)
+    gather_totals(number, space + call.total_at + state, shrinks, added, rows)
+
+
+@compiled
+def weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
+    """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    base, values_row = space + call.values_at, call.value_width
+    if call.values_in_place and not special:
+        base, values_row = values + j0 * call.v_j, call.v_j // word
+    weights, weights_row = space + call.scores_at, call.strip_row
+    if is_pairs(unit):
+        weights, weights_row = space + call.pairs_at, call.strip_row // 2
+    if call.runs_hook:
+        strip_values(
+            call, space, weights, weights_row, base, values_row, local, rows, min(call.key_tile, call.N - j0), unit
+        )
+        return
+    width = call.value_width
+    tiled = _tiled_rows(rows)
+    e = 0
+    while e < width:
+        left = (width - e) // lanes
+        vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
+        b = base + e * word
+        c = space + call.out_at + (local * width + e) * word
+        n = 0
+        while n < count:
+            end = _chain_end(runs, n, count, CHAIN_VECTORS * lanes)
+            at = runs + 8 * n
+            for r in range(0, tiled, TILE_ROWS):
+                a, to = weights + r * weights_row * word, c + r * width * word
+                if vectors == 3:
+                    value_tile_3(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                elif vectors == 2:
+                    value_tile_2(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                else:
+                    value_tile_1(unit, a, weights_row, b, values_row, to, width, at, end - n)
+            for r in range(tiled, rows):
+                a, to = weights + r * weights_row * word, c + r * width * word
+                if vectors == 3:
+                    value_row_3(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                elif vectors == 2:
+                    value_row_2(unit, a, weights_row, b, values_row, to, width, at, end - n)
+                else:
+                    value_row_1(unit, a, weights_row, b, values_row, to, width, at, end - n)
+            n = end
+        e += vectors * lanes
+
+
+@compiled
+def add_special(call, space, values, local, rows, j0, special, unit):
+    """Add the values that are not finite to the rows that see them: NaN and infinity reach those rows and no other."""
+    number = accumulator(unit)
+    word = word_bytes(unit)
+    scratch = space + call.scratch_at
+    for n in range(special):
+        column = load_int32(space + call.special_at + 4 * n)
+        for r in range(rows):
+            if not load_byte(space + call.seen_at + n * call.group_rows + r):
+                continue
+            if is_pairs(unit):
+                read_brain_number(number, scratch, space + call.pairs_at + (r * call.strip_row + column) * 2)
+                weight = load_number(number, scratch)
+            else:
+                weight = load_number(number, space + call.scores_at + (r * call.strip_row + column) * word)
+            at = space + call.out_at + (local + r) * call.value_width * word
+            for e in range(call.E):
+                read_row(scratch, values + (j0 + column) * call.v_j + e * call.v_e, call.v_e, 1, call, number)
+                store_number(
+                    number, at + e * word, load_number(number, at + e * word) + weight * load_number(number, scratch)
+                )
