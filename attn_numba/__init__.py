@@ -1,4 +1,4 @@
-"""Masked attention without PyTorch: a NumPy reference that defines it, Numba kernels that compute it, on the CPU and on GPUs.
+"""Masked attention without PyTorch: a NumPy reference defines it, Numba kernels compute it.
 
 Importing this package imports NumPy and nothing else of weight; Numba loads at the first call that needs it.
 
@@ -19,28 +19,35 @@ import numpy as _numpy  # noqa: F401  the one dependency that importing costs
 
 if TYPE_CHECKING:
     from attn_numba import reference as reference
-    from attn_numba.api import attention, backends, config_report, mask_array, merge, warmup
-    from attn_numba.layers import SelfAttention
-    from attn_numba.parallel import set_threads, threads
+    from attn_numba.api import (
+        attention as attention,
+        backends as backends,
+        config_report as config_report,
+        mask_array as mask_array,
+        merge as merge,
+        warmup as warmup,
+    )
+    from attn_numba.layers import SelfAttention as SelfAttention
+    from attn_numba.parallel import set_threads as set_threads, threads as threads
     from attn_numba.rules import (
-        ALiBi,
-        Bias,
-        BlockSparse,
-        Causal,
-        CustomMask,
-        CustomModifier,
-        Dense,
-        Dot,
-        Dropout,
-        Neighborhood,
-        Padding,
-        PrefixLM,
-        ReplaceExcluded,
-        SameDocument,
-        SlidingWindow,
-        SoftCap,
-        Softmax,
-        Temperature,
+        ALiBi as ALiBi,
+        Bias as Bias,
+        BlockSparse as BlockSparse,
+        Causal as Causal,
+        CustomMask as CustomMask,
+        CustomModifier as CustomModifier,
+        Dense as Dense,
+        Dot as Dot,
+        Dropout as Dropout,
+        Neighborhood as Neighborhood,
+        Padding as Padding,
+        PrefixLM as PrefixLM,
+        ReplaceExcluded as ReplaceExcluded,
+        SameDocument as SameDocument,
+        SlidingWindow as SlidingWindow,
+        SoftCap as SoftCap,
+        Softmax as Softmax,
+        Temperature as Temperature,
     )
 
 __version__ = "0.1.0"
@@ -50,8 +57,9 @@ _HOMES = {
     "parallel": ("threads", "set_threads"),
     "layers": ("SelfAttention",),
     "rules": (
-        "Causal", "SlidingWindow", "Neighborhood", "Padding", "SameDocument", "PrefixLM", "BlockSparse", "Dense", "CustomMask",
-        "SoftCap", "Bias", "ALiBi", "Temperature", "ReplaceExcluded", "CustomModifier", "Dropout", "Dot", "Softmax",
+        "Causal", "SlidingWindow", "Neighborhood", "Padding", "SameDocument", "PrefixLM", "BlockSparse", "Dense",
+        "CustomMask", "SoftCap", "Bias", "ALiBi", "Temperature", "ReplaceExcluded", "CustomModifier", "Dropout", "Dot",
+        "Softmax",
     ),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

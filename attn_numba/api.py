@@ -16,8 +16,9 @@ import numpy as np
 from attn_numba import problem as problems
 from attn_numba.parallel import thread_count
 from attn_numba.partition import merge
-from attn_numba.problem import ACCUMULATORS, Problem
+from attn_numba.problem import Problem
 from attn_numba.rules import as_mask, places_of
+from attn_numba.rules.arguments import ACCUMULATORS, DTYPES, check_offsets
 
 __all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
 
@@ -85,7 +86,8 @@ def attention(
     Returns
     -------
     out : array (B, H, M, E)
-        In the dtype and rank of `q`. With `return_lse` or `return_weights`, a named tuple of (out, lse, weights), only those asked for:
+        In the dtype and rank of `q`. With `return_lse` or `return_weights`, a named tuple of (out, lse, weights), only
+        those asked for:
     lse : array (B, H, M)
         ``log sum_j exp(s_ij)`` over the allowed keys and the sink, natural; float64 for float64, else float32.
     weights : array (B, H, M, N)
@@ -102,8 +104,9 @@ def attention(
 
     Notes
     -----
-    ``s_ij = q_i . k_j * scale``, then the modifiers, then the mask; ``w_ij = exp(s_ij - lse_i)``; ``out_i = sum_j w_ij v_j``. A key that
-    is not allowed is not there: NaN or infinity in it changes nothing. A query with no allowed key gets 0, and lse minus infinity.
+    ``s_ij = q_i . k_j * scale``, then the modifiers, then the mask; ``w_ij = exp(s_ij - lse_i)``; ``out_i = sum_j w_ij
+    v_j``. A key that is not allowed is not there: NaN or infinity in it changes nothing. A query with no allowed key
+    gets 0, and ``lse`` minus infinity.
 
     References
     ----------
@@ -122,8 +125,8 @@ def attention(
     if stream is not None:
         raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
     call = problems.check(
-        q, k, v, mask=mask, modifiers=modifiers, score=score, normalizer=normalizer, scale=scale, query_offset=query_offset,
-        key_offset=key_offset, dropout=dropout,
+        q, k, v, mask=mask, modifiers=modifiers, score=score, normalizer=normalizer, scale=scale,
+        query_offset=query_offset, key_offset=key_offset, dropout=dropout,
     )  # fmt: skip
     target = None if out is None else problems.check_out(out, call)
     run = _on_reference if name == "reference" else _on_cpu
@@ -188,8 +191,8 @@ def _on_reference(call: Problem, out: Any, return_lse: bool, return_weights: boo
 
     found = reference.attention(
         call.q, call.k, call.v, mask=call.mask, modifiers=call.modifiers, score=call.score, normalizer=call.normalizer,
-        scale=call.scale, query_offset=call.query_offset, key_offset=call.key_offset, dropout=call.dropout, return_lse=True,
-        return_weights=True,
+        scale=call.scale, query_offset=call.query_offset, key_offset=call.key_offset, dropout=call.dropout,
+        return_lse=True, return_weights=True,
     )  # fmt: skip
     if out is None:
         return tuple(found)
@@ -232,7 +235,7 @@ def mask_array(
     """
     sizes = problems.check_shape(shape)
     rule = as_mask(mask)
-    query_at, key_at = problems.check_offsets(query_offset, key_offset, sizes, () if rule is None else (rule,))
+    query_at, key_at = check_offsets(query_offset, key_offset, sizes, () if rule is None else (rule,))
     if rule is None:
         return np.ones(tuple(shape), bool)
     rule.check(sizes, query_at, key_at)
@@ -266,7 +269,7 @@ def warmup(dtypes: Any = ("float32",)) -> dict[str, float]:
     names = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
     for name in names:
         if name not in ACCUMULATORS:
-            raise ValueError(f"dtypes has {name!r}; needed float64, float32, float16 or bfloat16")
+            raise ValueError(f"dtypes has {name!r}; needed {DTYPES}")
     from attn_numba.cpu.engine import prepare
 
     seconds = {}

@@ -118,7 +118,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ValueError(f"unknown workload {unknown[0]}; known are {', '.join(WORKLOADS)}")
     dtype, failed, rows = named_dtype(arguments.dtype), False, []
     with _threads(arguments):
-        peak = peak_rate(dtype) * thread_count()[0]
+        peak = peak_rate(dtype.name) * thread_count()[0]
         for workload in (WORKLOADS[name].small() if arguments.small else WORKLOADS[name] for name in names):
             arrays = workload.arrays(dtype)
             for name, call in contenders(workload, arrays).items():

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 import operator
 import threading
 from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attn_numba.rules import Dot, Dropout, Mask, Modifier, Sizes, Softmax, as_mask, as_modifiers
+from attn_numba.rules.arguments import (
+    ACCUMULATORS,
+    check_dtype,
+    check_dtypes,
+    check_offsets,
+    check_scale,
+    instance,
+    sizes_of,
+)
+from attn_numba.rules.data import AnyArray
 
-AnyArray: TypeAlias = "np.ndarray[Any, Any]"
-
-# dtype name -> dtype of the accumulators, of lse and of weights
-ACCUMULATORS = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float32),
-    "bfloat16": np.dtype(np.float32),
-}
-POSITION_LIMIT = 2**30
 REMEMBERED = 64  # combinations of rules and sizes that are known to fit; each keeps its rules alive
 REMEMBERED_BYTES = 2**20  # rules with larger arrays are not kept
 
@@ -92,8 +91,7 @@ def host_array(x: object, name: str) -> AnyArray:
         raise TypeError(
             f"{name} is {type(x).__name__}; needed an array: NumPy's, or one that offers __array__ or DLPack"
         )
-    if dtype_name(array.dtype) not in ACCUMULATORS:
-        raise TypeError(f"{name} has dtype {array.dtype.name}; needed float64, float32, float16 or bfloat16")
+    check_dtype(name, dtype_name(array.dtype))
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -105,10 +103,7 @@ def _converted(convert: Any, x: object, name: str) -> AnyArray:
     return array
 
 
-def _four_axes(array: AnyArray, name: str) -> AnyArray:
-    if not 2 <= array.ndim <= 4:
-        letters = "(B, H, M, D)" if name in ("q", "out") else "(B, Hk, N, D)" if name == "k" else "(B, Hk, N, E)"
-        raise ValueError(f"{name} has {array.ndim} axes, shape {array.shape}; needed 2 to 4, {letters}")
+def _four_axes(array: AnyArray) -> AnyArray:
     return array if array.ndim == 4 else array[(np.newaxis,) * (4 - array.ndim)]
 
 
@@ -122,110 +117,10 @@ def check_arrays(q: object, k: object, v: object) -> tuple[AnyArray, AnyArray, A
     ValueError
         If their shapes do not fit.
     """
-    arrays = [host_array(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
-    dtype = arrays[0].dtype
-    if not arrays[1].dtype == arrays[2].dtype == dtype:
-        raise TypeError(
-            f"q, k, v have dtypes {', '.join(a.dtype.name for a in arrays)}; needed one dtype for all three"
-        )
-    rank = arrays[0].ndim
-    q4, k4, v4 = (_four_axes(a, name) for a, name in zip(arrays, "qkv", strict=True))
-    (B, H, M, D), (_, Hk, N, _), E = q4.shape, k4.shape, v4.shape[3]
-    for array, name in ((k4, "k"), (v4, "v")):
-        if array.shape[0] != B:
-            raise ValueError(f"{name} has {array.shape[0]} sequences; q has {B}")
-    if k4.shape[3] != D:
-        raise ValueError(f"k has head size {k4.shape[3]}; q has {D}")
-    if D < 1 or E < 1:
-        raise ValueError(f"{'q' if D < 1 else 'v'} has {'head' if D < 1 else 'value'} size 0; needed at least 1")
-    if H < 1 or Hk < 1 or H % Hk:
-        raise ValueError(
-            f"k has {Hk} heads; q has {H}, not a multiple of {Hk}" if Hk else "k has 0 heads; needed at least 1"
-        )
-    if v4.shape[1] != Hk:
-        raise ValueError(f"v has {v4.shape[1]} heads; k has {Hk}")
-    if v4.shape[2] != N:
-        raise ValueError(f"v has {v4.shape[2]} rows; k has {N}")
-    return q4, k4, v4, Sizes(B, H, Hk, M, N, D, E), rank
-
-
-def check_scale(scale: object, default: float) -> float:
-    """Return the scale as a float.
-
-    Raises
-    ------
-    TypeError
-        If it is not a number.
-    ValueError
-        If it is NaN.
-    """
-    if scale is None:
-        return default
-    if isinstance(scale, (bool, str, bytes)):
-        raise TypeError(f"scale is {scale!r}; needed a number or None")
-    try:
-        value = float(scale)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"scale is {type(scale).__name__}; needed a number or None") from None
-    if math.isnan(value):
-        raise ValueError("scale is NaN; needed a number")
-    return value
-
-
-def check_offset(offset: object, name: str, sequences: int, rows: int) -> int | AnyArray:
-    """Return an offset as an int, or as an int32 array (B,).
-
-    Raises
-    ------
-    TypeError
-        If it is not made of integers.
-    ValueError
-        If its shape is not (B,), or a position would reach 2**30.
-    """
-    result: int | AnyArray
-    if isinstance(offset, int) and not isinstance(offset, bool):
-        result = first = last = offset
-    else:
-        array = np.asarray(offset)
-        if array.dtype.kind not in "iu":
-            raise TypeError(
-                f"{name} is {type(offset).__name__} of dtype {array.dtype}; needed an integer or integers (B,)"
-            )
-        if array.shape not in ((), (sequences,)):
-            raise ValueError(f"{name} has shape {array.shape}; needed one integer or shape (B,) = ({sequences},)")
-        first, last = (int(array.min()), int(array.max())) if array.size else (0, 0)
-        result = operator.index(array[()]) if array.ndim == 0 else array.astype(np.int64)
-    if first <= -POSITION_LIMIT or last + rows >= POSITION_LIMIT:
-        raise ValueError(
-            f"{name} gives positions from {first} to {last + rows - 1}; needed less than 2**30 either side of 0"
-        )
-    return result if isinstance(result, int) else result.astype(np.int32)
-
-
-def check_offsets(
-    query_offset: object, key_offset: object, sizes: Sizes, rules: Any
-) -> tuple[int | AnyArray, int | AnyArray]:
-    """Return both offsets; a query offset of None stands for the key offset where ``M == N``.
-
-    Raises
-    ------
-    TypeError
-        If one is not made of integers.
-    ValueError
-        If one does not fit, or `query_offset` is None, ``M != N`` and one of `rules` uses positions.
-    """
-    key_at = check_offset(key_offset, "key_offset", sizes.B, sizes.N)
-    if query_offset is not None:
-        return check_offset(query_offset, "query_offset", sizes.B, sizes.M), key_at
-    if sizes.M == sizes.N:
-        return key_at, key_at
-    for rule in rules:
-        if rule.uses_positions:
-            raise ValueError(
-                f"query_offset is None, but {type(rule).__name__} uses positions and q has {sizes.M} rows, k has {sizes.N}: pass "
-                f"query_offset=0 (first rows aligned) or query_offset={sizes.N - sizes.M} (N - M, last rows aligned)"
-            )
-    return 0, key_at
+    queries, keys, values = host_array(q, "q"), host_array(k, "k"), host_array(v, "v")
+    check_dtypes(dtype_name(queries.dtype), dtype_name(keys.dtype), dtype_name(values.dtype))
+    sizes = sizes_of(queries.shape, keys.shape, values.shape)
+    return _four_axes(queries), _four_axes(keys), _four_axes(values), sizes, queries.ndim
 
 
 def check_shape(shape: object) -> Sizes:
@@ -273,15 +168,15 @@ def check(
     q4, k4, v4, sizes, rank = check_arrays(q, k, v)
     rule = as_mask(mask)
     chain = as_modifiers(modifiers)
-    dot = _instance(score, Dot, "score", "Dot()")
-    softmax = _instance(normalizer, Softmax, "normalizer", "Softmax()")
+    dot = instance(score, Dot, "score", "Dot()")
+    softmax = instance(normalizer, Softmax, "normalizer", "Softmax()")
     softmax.sink_array(sizes)
-    drop = dropout if dropout is None else _instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
+    drop = dropout if dropout is None else instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
     number = check_scale(scale, dot.default_scale(sizes.D))
     users = [x for x in (rule, *chain, drop) if x is not None]
     query_at, key_at = check_offsets(query_offset, key_offset, sizes, users)
     dtype = dtype_name(q4.dtype)
-    key = ()
+    key: Hashable = ()
     if users or not number > 0:  # to kernels a scale that is not positive is one more modifier
         key = _key(rule, chain, drop, sizes, dtype, number, query_at, key_at)
         _check_rules(key, rule, chain, drop, sizes, query_at, key_at)
@@ -304,7 +199,10 @@ def _key(
 
 
 def _identity(rule: Any) -> Hashable:
-    """Rules made of plain numbers are equal by value, others to themselves alone: they stay alive while their id is a key."""
+    """Return what tells a rule from others: plain numbers are equal by value, all else is equal to itself alone.
+
+    A rule whose id is part of a key stays alive as long as the key.
+    """
     if rule is None:
         return None
     masks = getattr(rule, "masks", None)
@@ -351,16 +249,6 @@ def _check_rules(key: Hashable, rule: Any, chain: Any, drop: Any, sizes: Sizes, 
             _fitting.popitem(last=False)
 
 
-def _instance(x: Any, kind: Any, name: str, example: str) -> Any:
-    """`x`, or a new `kind` for None."""
-    if x is None:
-        return kind()
-    if isinstance(x, kind):
-        return x
-    what = f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__
-    raise TypeError(f"{name} is {what}; needed {example}")
-
-
 def check_out(out: object, problem: Problem) -> AnyArray:
     """Return `out` with four axes.
 
@@ -386,12 +274,12 @@ def check_out(out: object, problem: Problem) -> AnyArray:
             raise ValueError(f"out overlaps {name}; needed memory of its own")
     if out.size > 1 and _overlaps_itself(out):
         raise ValueError("out has elements that share memory; needed one place for each element")
-    return _four_axes(out, "out")
+    return _four_axes(out)
 
 
 def _shares(a: AnyArray, b: AnyArray) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # NumPy's stub knows -1 and 0 only
     except np.exceptions.TooHardError:
         return True
 

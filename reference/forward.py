@@ -20,9 +20,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_numba.rules import Dot, Dropout, Sizes, Softmax, as_mask, as_modifiers, places_of
+from attn_numba.rules import Dot, Dropout, Softmax, as_mask, as_modifiers, places_of
+from attn_numba.rules.arguments import (
+    ACCUMULATORS,
+    DTYPES,
+    check_dtypes,
+    check_offsets,
+    check_parts,
+    check_scale,
+    instance,
+    sizes_of,
+)
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 FIELDS = ("out", "lse", "weights")
 RESULTS: dict[tuple[str, ...], Any] = {
     fields: namedtuple("Attention", fields)
@@ -111,15 +120,17 @@ def attention(
     array([1. , 1.5, 3. ])
     """
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
-    sizes = _sizes(q, k, v)
+    check_dtypes(q.dtype.name, k.dtype.name, v.dtype.name)
+    sizes = sizes_of(q.shape, k.shape, v.shape)
     mask, modifiers = as_mask(mask), as_modifiers(modifiers)
-    score = _instance("score", score, Dot)
-    normalizer = _instance("normalizer", normalizer, Softmax)
-    if dropout is not None and not isinstance(dropout, Dropout):
-        raise TypeError(f"dropout is {type(dropout).__name__}; needed Dropout(rate, seed)")
-    rules = (*modifiers, *([mask] if mask is not None else []))
-    positional = any(rule.uses_positions for rule in (*rules, *([dropout] if dropout is not None else [])))
-    query_offset, key_offset = _offsets(query_offset, key_offset, sizes, positional)
+    score = instance(score, Dot, "score", "Dot()")
+    normalizer = instance(normalizer, Softmax, "normalizer", "Softmax()")
+    if dropout is not None:
+        dropout = instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
+    scale = check_scale(scale, score.default_scale(sizes.D))
+    rules = [rule for rule in (mask, *modifiers) if rule is not None]
+    users = rules if dropout is None else [*rules, dropout]
+    query_offset, key_offset = check_offsets(query_offset, key_offset, sizes, users)
     for rule in rules:
         rule.check(sizes, query_offset, key_offset)
     places = places_of(sizes, query_offset, key_offset)
@@ -132,7 +143,7 @@ def attention(
     values = precision.inputs(v).reshape(sizes.B, sizes.Hk, sizes.N, sizes.E).repeat(shared, axis=1)
 
     with np.errstate(all="ignore"):  # excluded places may hold anything
-        s = (queries @ keys.swapaxes(2, 3)) * precision.number(_scale(scale, score, sizes))
+        s = (queries @ keys.swapaxes(2, 3)) * precision.number(scale)
         allowed = np.ones(s.shape, np.bool_)
         for modifier in modifiers:
             s = modifier.evaluate(s, places, sizes)
@@ -151,7 +162,7 @@ def attention(
             used = np.where(kept, weights / precision.number(1 - dropout.rate), precision.number(0))
         out = _weighted_sum(precision.rounded(used), values, allowed)
 
-    accumulator = np.float64 if q.dtype == np.float64 else np.float32
+    accumulator = ACCUMULATORS[q.dtype.name]
     found = {
         "out": out.reshape(*q.shape[:-1], sizes.E).astype(q.dtype),
         "lse": lse.reshape(q.shape[:-1]).astype(accumulator),
@@ -205,8 +216,10 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Any:
 
     Raises
     ------
+    TypeError
+        If the parts are not arrays of one dtype.
     ValueError
-        If there is no part, or shapes do not fit.
+        If there is no part, shapes do not fit, or the sink holds NaN.
 
     Notes
     -----
@@ -223,25 +236,11 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Any:
     >>> out, lse.round(4)
     (array([[2.]]), array([0.6931]))
     """
-    outs, lses = [np.asarray(x) for x in outs], [np.asarray(x) for x in lses]
-    if not outs or len(outs) != len(lses):
-        raise ValueError(f"outs has {len(outs)} parts, lses {len(lses)}; needed as many of both, and at least one")
-    for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        if out.ndim < 2 or out.ndim > 4:
-            raise ValueError(f"outs[{n}] has shape {out.shape}; needed (B, H, M, E), with or without leading axes")
-        if out.shape != outs[0].shape:
-            raise ValueError(f"outs[{n}] has shape {out.shape}; outs[0] has {outs[0].shape}")
-        if lse.shape != out.shape[:-1]:
-            raise ValueError(
-                f"lses[{n}] has shape {lse.shape}; outs[{n}] has {out.shape}: needed all but its last axis"
-            )
+    outs, lses, extra = check_parts(outs, lses, sink)
     *lead, rows, value_size = (1,) * (4 - outs[0].ndim) + outs[0].shape
     parts = np.stack(lses).astype(np.float64).reshape(-1, *lead, rows, 1)
     partial = np.stack([out.astype(np.float64) for out in outs]).reshape(-1, *lead, rows, value_size)
-    if sink is not None:
-        sizes = Sizes(B=lead[0], H=lead[1], Hk=lead[1], M=rows, N=0, D=1, E=value_size)
-        extra = Softmax(sink).sink_array(sizes)
-        assert extra is not None
+    if extra is not None:
         parts = np.concatenate([parts, np.broadcast_to(extra[None, :, :, None, None], (1, *parts.shape[1:]))])
         partial = np.concatenate([partial, np.zeros((1, *partial.shape[1:]))])
     with np.errstate(all="ignore"):
@@ -263,9 +262,9 @@ class _Precision(NamedTuple):
     @classmethod
     def of(cls, dtype: Any) -> _Precision:
         name = "float64" if dtype is None else dtype if isinstance(dtype, str) else np.dtype(dtype).name
-        if name not in DTYPES:
-            raise TypeError(f"compute_dtype is {name}; needed one of {', '.join(DTYPES)}")
-        return cls(name, np.float64 if name == "float64" else np.float32)
+        if name not in ACCUMULATORS:
+            raise TypeError(f"compute_dtype is {name}; needed {DTYPES}")
+        return cls(name, ACCUMULATORS[name].type)
 
     def inputs(self, x: np.ndarray) -> np.ndarray:
         return self.rounded(x.astype(self.accumulator))
@@ -284,65 +283,3 @@ def _rounded_to_bfloat16(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) & np.uint32(0xFFFF0000)).view(np.float32)
     return np.where(np.isnan(x), x, rounded)
-
-
-def _sizes(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Sizes:
-    shapes = []
-    for name, x, letters in (("q", q, "(B, H, M, D)"), ("k", k, "(B, Hk, N, D)"), ("v", v, "(B, Hk, N, E)")):
-        if x.dtype.name not in DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}; needed one of {', '.join(DTYPES)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}; q has {q.dtype}")
-        if not 2 <= x.ndim <= 4:
-            raise ValueError(f"{name} has {x.ndim} axes; needed 2 to 4, {letters}")
-        shapes.append((1,) * (4 - x.ndim) + x.shape)
-    (B, H, M, D), (Bk, Hk, N, Dk), (Bv, Hv, Nv, E) = shapes
-    if Bk != B:
-        raise ValueError(f"k has {Bk} sequences; q has {B}")
-    if (Bv, Hv, Nv) != (Bk, Hk, N):
-        raise ValueError(f"v has shape {v.shape}; needed {(Bk, Hk, N)} before its last axis, as k has")
-    if D < 1 or E < 1 or Dk != D:
-        raise ValueError(f"q has head size {D}, k {Dk}, v {E}; needed the same for q and k, and at least 1")
-    if H == 0 or Hk == 0:
-        raise ValueError(f"q has {H} heads, k has {Hk}; needed at least 1")
-    if H % Hk:
-        raise ValueError(f"k has {Hk} heads; q has {H}, not a multiple of {Hk}")
-    return Sizes(B, H, Hk, M, N, D, E)
-
-
-def _instance(name: str, given: Any, kind: type) -> Any:
-    if given is None:
-        return kind()
-    if not isinstance(given, kind):
-        what = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
-        raise TypeError(f"{name} is {what}; needed {kind.__name__}()")
-    return given
-
-
-def _scale(scale: Any, score: Dot, sizes: Sizes) -> float:
-    value = score.default_scale(sizes.D) if scale is None else float(scale)
-    if np.isnan(value):
-        raise ValueError("scale is NaN; needed a number")
-    return value
-
-
-def _offsets(query_offset: Any, key_offset: Any, sizes: Sizes, positional: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return both offsets as int arrays, () or (B,)."""
-    if query_offset is None:
-        if positional and sizes.M != sizes.N:
-            raise ValueError(
-                f"query_offset is None, but q has {sizes.M} rows, k has {sizes.N}, and a rule uses positions: give the "
-                f"position of query row 0, usually 0 (both start together) or N - M = {sizes.N - sizes.M} (both end)"
-            )
-        query_offset = key_offset
-    offsets = []
-    for name, given, rows in (("query_offset", query_offset, sizes.M), ("key_offset", key_offset, sizes.N)):
-        offset = np.asarray(given)
-        if offset.dtype.kind not in "iu":
-            raise TypeError(f"{name} has dtype {offset.dtype}; needed integers")
-        if offset.shape not in ((), (sizes.B,)):
-            raise ValueError(f"{name} has shape {offset.shape}; needed an integer, or (B,) = ({sizes.B},)")
-        if offset.size and (offset.min() <= -(2**30) or int(offset.max()) + rows >= 2**30):
-            raise ValueError(f"{name} goes from {offset.min()} to {offset.max()}; positions must stay within 2**30")
-        offsets.append(offset)
-    return offsets[0], offsets[1]

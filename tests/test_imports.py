@@ -70,6 +70,11 @@ def sources() -> Iterator[tuple[str, Path]]:
         yield "reference", path
 
 
+def is_for_type_checkers(node: ast.AST) -> bool:
+    """Whether a statement is an `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports() -> Iterator[Import]:
     names = {path.stem for path in PACKAGE.iterdir() if path.stem != "__init__"} | {"reference"}
     for part, path in sources():
@@ -80,7 +85,10 @@ def imports() -> Iterator[Import]:
             if isinstance(node, ast.FunctionDef | ast.Lambda)
             for child in ast.walk(node)
         }
+        never_run = {child for node in ast.walk(tree) if is_for_type_checkers(node) for child in ast.walk(node)}
         for node in ast.walk(tree):
+            if node in never_run:
+                continue
             if isinstance(node, ast.Import):
                 found = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

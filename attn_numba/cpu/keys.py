@@ -15,6 +15,7 @@ from attn_numba.cpu.tiles import (
     is_pairs,
     load_byte,
     load_int32,
+    prefetch,
     row_is_finite,
     store_byte,
     store_int32,
@@ -64,6 +65,10 @@ def _pack_keys(call, space, keys, number, j0, unit):
     row = call.depth_padded * word
     whole = (call.kind == SAME or is_pairs(unit)) and call.k_d == call.itemsize and call.D * call.itemsize == row
     source, source_row = keys + j0 * call.k_j, call.k_j
+    for n in range(lanes):  # the next vector of keys, whose rows lie too far apart for the processor to foresee
+        ahead = source + (n + lanes) * source_row
+        for line in range(0, call.D * call.itemsize, 64):
+            prefetch(ahead + line)
     if not whole or j0 + lanes > call.N:
         for n in range(lanes):
             clear(scratch + n * row, call.depth_padded, unit)

@@ -47,7 +47,7 @@ def peak_rate(dtype: str, seconds: float = 0.2) -> float:
     seconds : float
         About how long to measure; the best of ten parts counts.
     """
-    unit = unit_of(str(dtype), False)
+    unit = unit_of(dtype, False)
     worker = {"f8": peak_float64, "f4": peak_bfloat16 if unit.pairs else peak_float32}[f"f{unit.word}"]
     address = compile_worker(worker)
     a, b, c = (

@@ -491,6 +491,23 @@ def claim(typingctx, address):
     return types.intp(types.intp), codegen
 
 
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line of an address; any address will do."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), name)
+        # to read, into the second-level cache, data
+        builder.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
 def _function_pointer(count: int, returns: bool):
     """An intrinsic that calls the function of `count` int64 arguments at an address."""
 

@@ -46,6 +46,22 @@ def test_large_head_sizes(size, backend):
     check_attention(q, k, v, backend, name=f"head size {size}")
 
 
+@pytest.mark.parametrize("fill", [-1e9, -1e15, -1e25, float(np.finfo(np.float32).min), 1e25])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_huge_scores(fill, dtype, backend):
+    """Old fills: a row that has nothing else is uniform, however large the number."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 2, n, 16)).astype(dtype) for n in (9, 70, 70))
+    kept = rng.random((9, 70)) < 0.5
+    kept[::3] = False
+    modifiers = [an.ReplaceExcluded(kept, fill)]
+    check_attention(q, k, v, backend, name="replaced", modifiers=modifiers)
+    out, lse = an.attention(q, k, v, modifiers=modifiers, backend=backend, return_lse=True)
+    np.testing.assert_allclose(out[:, :, 0], v.mean(2), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(lse[:, :, 0], fill, rtol=1e-6)
+
+
 def test_results_by_what_is_asked_for(backend):
     q, k, v, _ = CASES[0].build("float32")
     out = an.attention(q, k, v, backend=backend)

@@ -1,0 +1,230 @@
+"""Arguments of a call: the checks that every backend, the reference included, makes of them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from attn_numba.rules.data import AnyArray, as_array
+from attn_numba.rules.normalizers import Softmax
+from attn_numba.rules.places import Sizes
+
+# dtype of q, k, v and out -> dtype of sums, of lse and of weights
+ACCUMULATORS: dict[str, np.dtype[Any]] = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.float32),
+}
+DTYPES = "float64, float32, float16 or bfloat16"
+POSITION_LIMIT = 2**30
+LETTERS = {"q": "(B, H, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, E)"}
+
+Kind = TypeVar("Kind")
+
+
+class User(Protocol):
+    """What may need positions: a mask, a modifier, dropout."""
+
+    @property
+    def uses_positions(self) -> bool: ...
+
+
+def check_dtypes(q: str, k: str, v: str) -> None:
+    """Check the names of the dtypes of q, k and v.
+
+    Raises
+    ------
+    TypeError
+        If one is not supported, or they differ.
+    """
+    if q == k == v and q in ACCUMULATORS:
+        return
+    for name, dtype in (("q", q), ("k", k), ("v", v)):
+        check_dtype(name, dtype)
+    raise TypeError(f"q, k, v have dtypes {q}, {k}, {v}; needed one dtype for all three")
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Check the name of the dtype of one array.
+
+    Raises
+    ------
+    TypeError
+        If it is not supported.
+    """
+    if dtype not in ACCUMULATORS:
+        raise TypeError(f"{name} has dtype {dtype}; needed {DTYPES}")
+
+
+def sizes_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Sizes:
+    """Return the sizes of a call from the shapes of q, k and v; missing leading axes count as 1.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    B, H, M, D = _four_sizes("q", q)
+    Bk, Hk, N, Dk = _four_sizes("k", k)
+    Bv, Hv, Nv, E = _four_sizes("v", v)
+    for name, sequences in (("k", Bk), ("v", Bv)):
+        if sequences != B:
+            raise ValueError(f"{name} has {sequences} sequences; q has {B}")
+    if Dk != D:
+        raise ValueError(f"k has head size {Dk}; q has {D}")
+    if D < 1 or E < 1:
+        raise ValueError(f"{'q has head' if D < 1 else 'v has value'} size 0; needed at least 1")
+    if H < 1 or Hk < 1:
+        raise ValueError(f"{'k' if Hk < 1 else 'q'} has 0 heads; needed at least 1")
+    if H % Hk:
+        raise ValueError(f"k has {Hk} heads; q has {H}, not a multiple of {Hk}")
+    if Hv != Hk:
+        raise ValueError(f"v has {Hv} heads; k has {Hk}")
+    if Nv != N:
+        raise ValueError(f"v has {Nv} rows; k has {N}")
+    return Sizes(B, H, Hk, M, N, D, E)
+
+
+def _four_sizes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if not 2 <= len(shape) <= 4:
+        raise ValueError(f"{name} has {len(shape)} axes, shape {shape}; needed 2 to 4, {LETTERS[name]}")
+    return shape if len(shape) == 4 else (1,) * (4 - len(shape)) + shape
+
+
+def check_scale(scale: object, default: float) -> float:
+    """Return the scale as a float; `default` for None.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is NaN.
+    """
+    if scale is None:
+        return default
+    if isinstance(scale, (bool, str, bytes)):
+        raise TypeError(f"scale is {scale!r}; needed a number or None")
+    try:
+        value = float(scale)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"scale is {type(scale).__name__}; needed a number or None") from None
+    if math.isnan(value):
+        raise ValueError("scale is NaN; needed a number")
+    return value
+
+
+def check_offset(offset: object, name: str, sequences: int, rows: int) -> int | AnyArray:
+    """Return an offset as an int, or as an int32 array (B,).
+
+    Raises
+    ------
+    TypeError
+        If it is not made of integers.
+    ValueError
+        If its shape is not (B,), or a position would reach 2**30.
+    """
+    result: int | AnyArray
+    if isinstance(offset, int) and not isinstance(offset, bool):
+        result = first = last = offset
+    else:
+        array = np.asarray(offset)
+        if array.dtype.kind not in "iu":
+            raise TypeError(
+                f"{name} is {type(offset).__name__} of dtype {array.dtype}; needed an integer or integers (B,)"
+            )
+        if array.shape not in ((), (sequences,)):
+            raise ValueError(f"{name} has shape {array.shape}; needed one integer or shape (B,) = ({sequences},)")
+        first, last = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        result = operator.index(array[()]) if array.ndim == 0 else array.astype(np.int64)
+    if first <= -POSITION_LIMIT or last + rows >= POSITION_LIMIT:
+        raise ValueError(
+            f"{name} gives positions from {first} to {last + rows - 1}; needed less than 2**30 either side of 0"
+        )
+    return result if isinstance(result, int) else result.astype(np.int32)
+
+
+def check_offsets(
+    query_offset: object, key_offset: object, sizes: Sizes, users: Iterable[User]
+) -> tuple[int | AnyArray, int | AnyArray]:
+    """Return both offsets; a query offset of None stands for the key offset where ``M == N``.
+
+    Raises
+    ------
+    TypeError
+        If one is not made of integers.
+    ValueError
+        If one does not fit, or `query_offset` is None, ``M != N`` and one of the users uses positions.
+    """
+    key_at = check_offset(key_offset, "key_offset", sizes.B, sizes.N)
+    if query_offset is not None:
+        return check_offset(query_offset, "query_offset", sizes.B, sizes.M), key_at
+    if sizes.M == sizes.N:
+        return key_at, key_at
+    for user in users:
+        if user.uses_positions:
+            raise ValueError(
+                f"query_offset is None, but {type(user).__name__} uses positions and q has {sizes.M} rows, "
+                f"k has {sizes.N}: pass query_offset=0 (first rows aligned) or "
+                f"query_offset={sizes.N - sizes.M} (N - M, last rows aligned)"
+            )
+    return 0, key_at
+
+
+def instance(x: object, kind: type[Kind], name: str, example: str) -> Kind:
+    """Return `x`, or a new `kind` for None.
+
+    Raises
+    ------
+    TypeError
+        If `x` is something else; `example` says what to pass.
+    """
+    if x is None:
+        return kind()
+    if isinstance(x, kind):
+        return x
+    what = f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__
+    raise TypeError(f"{name} is {what}; needed {example}")
+
+
+def check_parts(
+    outs: Iterable[object], lses: Iterable[object], sink: object = None
+) -> tuple[list[AnyArray], list[AnyArray], AnyArray | None]:
+    """Return partial results over disjoint sets of keys as arrays, and the sink as float64 (B, H).
+
+    Raises
+    ------
+    TypeError
+        If the parts are not of one supported dtype each, or the sink is not of real numbers.
+    ValueError
+        If there is no part, shapes do not fit, or the sink holds NaN.
+    """
+    results, sums = _parts("outs", outs), _parts("lses", lses)
+    if not results or len(results) != len(sums):
+        raise ValueError(f"outs has {len(results)} parts, lses {len(sums)}; needed as many of each, at least one")
+    shape = results[0].shape
+    if not 2 <= len(shape) <= 4:
+        raise ValueError(f"outs[0] has shape {shape}; needed (B, H, M, E), with or without leading axes")
+    for n, (out, lse) in enumerate(zip(results, sums, strict=True)):
+        if out.shape != shape:
+            raise ValueError(f"outs[{n}] has shape {out.shape}; outs[0] has {shape}")
+        if lse.shape != shape[:-1]:
+            raise ValueError(f"lses[{n}] has shape {lse.shape}; needed {shape[:-1]}, one number for each row of outs")
+    if sink is None:
+        return results, sums, None
+    B, H, M, E = (1,) * (4 - len(shape)) + shape
+    return results, sums, Softmax(sink).sink_array(Sizes(B, H, H, M, 0, 1, E))
+
+
+def _parts(name: str, parts: Iterable[object]) -> list[AnyArray]:
+    arrays = [as_array(x, f"{name}[{n}]") for n, x in enumerate(parts)]
+    for n, array in enumerate(arrays):
+        check_dtype(f"{name}[{n}]", array.dtype.name)
+        if array.dtype != arrays[0].dtype:
+            raise TypeError(f"{name}[{n}] has dtype {array.dtype}; {name}[0] has {arrays[0].dtype}")
+    return arrays
