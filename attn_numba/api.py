@@ -8,7 +8,6 @@ import os
 import platform
 import sys
 import time
-from collections import namedtuple
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,12 @@ from attn_numba.partition import merge
 from attn_numba.problem import Problem
 from attn_numba.rules import as_mask, places_of
 from attn_numba.rules.arguments import ACCUMULATORS, DTYPES, check_offsets
+from attn_numba.rules.results import result_of
 
 __all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 NO_CUDA = "the CUDA kernels are not part of this version"
-RESULTS = {
-    (True, False): namedtuple("Attention", ("out", "lse")),
-    (False, True): namedtuple("Attention", ("out", "weights")),
-    (True, True): namedtuple("Attention", ("out", "lse", "weights")),
-}
 
 
 def attention(
@@ -131,18 +126,14 @@ def attention(
     target = None if out is None else problems.check_out(out, call)
     run = _on_reference if name == "reference" else _on_cpu
     result, lse, weights = run(call, target, return_lse, return_weights)
-    if out is not None:
-        result = out
-    else:
-        result = _ranked(result, call.rank)
+    result = _ranked(result, call.rank) if out is None else out
     if not (return_lse or return_weights):
         return result
-    found = [result]
-    if return_lse:
-        found.append(_ranked(lse, call.rank - 1))
-    if return_weights:
-        found.append(_ranked(weights, call.rank))
-    return RESULTS[return_lse, return_weights](*found)
+    return result_of(
+        result,
+        _ranked(lse, call.rank - 1) if return_lse else None,
+        _ranked(weights, call.rank) if return_weights else None,
+    )
 
 
 def _ranked(array: Any, rank: int) -> Any:

@@ -108,7 +108,7 @@ def _from_environment() -> tuple[int, str]:
 
 
 def _cgroup_quota() -> float:
-    """The processors that the container's quota amounts to, infinity if there is none."""
+    """Return the processors that the container's quota amounts to, infinity if there is none."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from attn_numba.rules.arguments import ACCUMULATORS, check_parts
-from attn_numba.rules.data import AnyArray
+from attn_numba.rules.results import Merged
 
-__all__ = ["Merged", "merge"]
-
-
-class Merged(NamedTuple):
-    """What `merge` returns."""
-
-    out: AnyArray
-    lse: AnyArray
+__all__ = ["merge"]
 
 
 def merge(outs: Sequence[object], lses: Sequence[object], sink: object = None) -> Merged:

@@ -71,6 +71,6 @@ def bench_forward(
     if contender == "cpu":
         from attn_numba.cpu.peak import peak_rate
 
-        share = rate / (threads * peak_rate(dtype))
+        share = rate / (threads * peak_rate(dtype.name))
         row["of tile's peak"] = f"{share:.2f}"
         benchmark.extra_info["share_of_peak"] = share

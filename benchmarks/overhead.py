@@ -42,7 +42,7 @@ def peak(arguments: argparse.Namespace) -> Iterator[Row]:
         if dtype.itemsize >= 4:
             calls["numpy"] = partial(_two_products, q[0], k[0], v[0])
         peaks = []
-        calls["peak"] = lambda peaks=peaks: peaks.append(peak_rate(dtype))
+        calls["peak"] = lambda peaks=peaks: peaks.append(peak_rate(dtype.name))
         times = interleave(calls, arguments.turns, arguments.seconds)
         rate = statistics.median(peaks) * arguments.threads
         flop = {"full": 4 * D * 8 * 2048**2, "causal": 4 * D * 8 * 2048 * 2049 // 2}

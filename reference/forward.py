@@ -14,7 +14,6 @@ j` index sequences, query heads, queries and keys.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +30,8 @@ from attn_numba.rules.arguments import (
     instance,
     sizes_of,
 )
+from attn_numba.rules.results import Merged, result_of
 
-FIELDS = ("out", "lse", "weights")
-RESULTS: dict[tuple[str, ...], Any] = {
-    fields: namedtuple("Attention", fields)
-    for fields in (("out", "lse"), ("out", "weights"), ("out", "lse", "weights"))
-}
 
 
 def attention(
@@ -163,13 +158,11 @@ def attention(
         out = _weighted_sum(precision.rounded(used), values, allowed)
 
     accumulator = ACCUMULATORS[q.dtype.name]
-    found = {
-        "out": out.reshape(*q.shape[:-1], sizes.E).astype(q.dtype),
-        "lse": lse.reshape(q.shape[:-1]).astype(accumulator),
-        "weights": weights.reshape(*q.shape[:-1], sizes.N).astype(accumulator),
-    }
-    asked = tuple(name for name, wanted in zip(FIELDS, (True, return_lse, return_weights), strict=True) if wanted)
-    return found["out"] if asked == ("out",) else RESULTS[asked](**{name: found[name] for name in asked})
+    return result_of(
+        out.reshape(*q.shape[:-1], sizes.E).astype(q.dtype),
+        lse.reshape(q.shape[:-1]).astype(accumulator) if return_lse else None,
+        weights.reshape(*q.shape[:-1], sizes.N).astype(accumulator) if return_weights else None,
+    )
 
 
 def _softmax(s: np.ndarray, allowed: np.ndarray, sink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +188,7 @@ def _weighted_sum(weights: np.ndarray, values: np.ndarray, allowed: np.ndarray) 
     return out
 
 
-def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Any:
+def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Merged:
     """Return the whole of partial results over disjoint sets of keys.
 
     Parameters
@@ -238,8 +231,8 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Any:
     """
     outs, lses, extra = check_parts(outs, lses, sink)
     *lead, rows, value_size = (1,) * (4 - outs[0].ndim) + outs[0].shape
-    parts = np.stack(lses).astype(np.float64).reshape(-1, *lead, rows, 1)
-    partial = np.stack([out.astype(np.float64) for out in outs]).reshape(-1, *lead, rows, value_size)
+    parts = np.stack(lses).astype(np.float64).reshape(len(lses), *lead, rows, 1)
+    partial = np.stack(outs).astype(np.float64).reshape(len(outs), *lead, rows, value_size)
     if extra is not None:
         parts = np.concatenate([parts, np.broadcast_to(extra[None, :, :, None, None], (1, *parts.shape[1:]))])
         partial = np.concatenate([partial, np.zeros((1, *partial.shape[1:]))])
@@ -247,7 +240,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Any:
         weights, lse = _softmax(np.moveaxis(parts, 0, -1), np.moveaxis(parts, 0, -1) != -np.inf, None)
         weights = np.moveaxis(weights, -1, 0)
         out = np.where(parts != -np.inf, weights * partial, 0).sum(axis=0)
-    return out.reshape(outs[0].shape).astype(outs[0].dtype), lse.reshape(lses[0].shape).astype(lses[0].dtype)
+    return Merged(out.reshape(outs[0].shape).astype(outs[0].dtype), lse.reshape(lses[0].shape).astype(lses[0].dtype))
 
 
 # --- arguments ---

@@ -123,11 +123,84 @@ print("same")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("started", ["", "if False else None"], ids=["pool started", "pool not started"])
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
-def test_after_a_fork(started, layer):
+@pytest.mark.parametrize("started", ["", "if False else None"], ids=["threads started", "no thread started"])
+def test_after_a_fork(started):
     """The child computes the same, whether or not the parent's threads were running."""
-    assert run_python(FORKED.format(started=started), NUMBA_THREADING_LAYER=layer) == "same\n"
+    assert run_python(FORKED.format(started=started)) == "same\n"
+
+
+FORKED_AMID_CALLS = """
+import os
+import threading
+import numpy as np
+import attn_numba as an
+from test_promises import arrays
+
+inputs = arrays(M=300, N=300, D=64, E=64)
+an.set_threads(2)
+expected = an.attention(*inputs, mask=an.Causal())
+done = threading.Event()
+
+def keep_calling():
+    n = 0
+    while not done.is_set():
+        n += 1
+        an.attention(*inputs, mask=an.Padding(n % 300))  # a rule that is bound anew
+
+threads = [threading.Thread(target=keep_calling) for _ in range(2)]
+[t.start() for t in threads]
+statuses = []
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            import signal
+
+            signal.alarm(20)  # a child that waits forever for a lock ends so
+            status = 0 if np.array_equal(an.attention(*inputs, mask=an.Causal()), expected) else 2
+        finally:
+            os._exit(status)
+    statuses.append(os.waitpid(child, 0)[1])
+done.set()
+[t.join() for t in threads]
+print(set(statuses))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_after_a_fork_amid_calls_of_other_threads():
+    """Threads that are in the middle of a call when another one forks leave nothing locked in the child."""
+    assert run_python(FORKED_AMID_CALLS) == "{0}\n"
+
+
+INTERRUPTED = """
+import signal
+import numpy as np
+import attn_numba as an
+from test_promises import arrays
+
+inputs = arrays(M=2000, N=2000, D=64, E=64)
+small = arrays()
+expected = an.attention(*small)
+interrupted = 0
+with an.threads(2):
+    for _ in range(3):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            an.attention(*inputs)
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert np.array_equal(an.attention(*small), expected)
+print(interrupted)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="timers are of Unix")
+def test_an_interrupt_waits_for_the_workers():
+    """Ctrl-C in a long call is raised once no worker uses the call's memory any more."""
+    handler = "import signal; signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+    assert run_python(handler + INTERRUPTED) == "3\n"
 
 
 CHILDREN = """
@@ -330,3 +403,65 @@ print("computed")
 
 def test_the_reference_needs_numpy_alone():
     assert run_python(WITHOUT_NUMBA) == "computed\n"
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("numba", "omp", "expected"),
+    [
+        ("3", "5", (3, "NUMBA_NUM_THREADS")),
+        (None, "5", (5, "OMP_NUM_THREADS")),
+        (None, "5,2", (5, "OMP_NUM_THREADS")),
+        ("many", "4", (4, "OMP_NUM_THREADS")),
+        ("0", None, None),
+        (None, None, None),
+    ],
+)
+def test_where_the_number_of_threads_comes_from(numba, omp, expected):
+    code = "from attn_numba.parallel import thread_count; print(*thread_count(), sep='|')"
+    count, source = run_python(code, NUMBA_NUM_THREADS=numba, OMP_NUM_THREADS=omp).strip().split("|")
+    if expected is None:
+        assert 1 <= int(count) <= (os.cpu_count() or 1)
+        assert source in ("processors this process may use", "cgroup quota")
+    else:
+        assert (int(count), source) == expected
+
+
+def test_threads_are_restored():
+    before = an.config_report()["threads"]["count"]
+    an.set_threads(7)
+    try:
+        with an.threads(2), an.threads(3):
+            assert an.config_report()["threads"]["count"] == (3, "attn_numba.threads")
+        assert an.config_report()["threads"]["count"] == (7, "attn_numba.set_threads")
+        with pytest.raises(KeyError), an.threads(2):
+            raise KeyError
+        assert an.config_report()["threads"]["count"] == (7, "attn_numba.set_threads")
+    finally:
+        an.set_threads(None)
+    assert an.config_report()["threads"]["count"] == before
+
+
+def test_warmup_leaves_nothing_to_compile():
+    from numba.core import event
+
+    seconds = an.warmup(("float32", "float64", "float16", "bfloat16"))
+    assert list(seconds) == ["float32", "float64", "float16", "bfloat16"]
+    assert all(isinstance(x, float) and x >= 0 for x in seconds.values())
+    with event.install_recorder("numba:compile") as recorder:
+        an.attention(*arrays(M=3, N=3))
+        assert sum(an.warmup("float32").values()) < 0.1
+    assert not recorder.buffer
+
+
+def test_reports():
+    report = an.config_report()
+    assert {"versions", "processor", "threads", "cache", "backends"} <= set(report)
+    for section in report.values():
+        for setting, (_, source) in section.items():
+            assert isinstance(source, str), setting
+    assert {name: yes for name, (yes, _) in an.backends().items()} == {
+        name: yes for name, (yes, _) in report["backends"].items()
+    }

@@ -86,7 +86,7 @@ def _bind(problem: Problem) -> Bound:
 
 
 def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
-    """First and end of the stretches of keys that a query sees, where that alone says what is allowed."""
+    """Return first and end of the stretches of keys that a query sees, where they alone say what is allowed."""
     mask = problem.mask
     if mask is None or not 0 < mask.run_count <= MOST_RUNS or any(m.excludes is not None for m in problem.modifiers):
         return None
@@ -96,7 +96,7 @@ def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
 
 
 def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Node | None]:
-    """The mask with all that modifiers exclude, and the modified score; None where there is nothing to do."""
+    """Return the mask with all that modifiers exclude, and the modified score; None where there is nothing to do."""
     mask = None if problem.mask is None else problem.mask.formula(SYMBOLS, problem.sizes, binder)
     score = None
     if problem.modifiers or problem.scale <= 0:  # a positive scale alone is part of the exponential

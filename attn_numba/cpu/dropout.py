@@ -12,7 +12,10 @@ from attn_numba.rules.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 
 def dropout_parameters(dropout, sizes) -> list:
-    """Return the hook's four parameters: key words (B, 2), whether b counts, the last word that is dropped, and 1 / (1 - rate)."""
+    """Return the hook's four parameters.
+
+    They are the key words (B, 2), whether b counts, the last word that is dropped, and ``1 / (1 - rate)``.
+    """
     keys = dropout.keys(sizes).view(np.int32)
     last = np.uint32(dropout.threshold - 1).view(np.int32)
     return [keys, 0 if dropout.by_sequence else 1, int(last), 1.0 / (1.0 - dropout.rate)]
@@ -23,7 +26,7 @@ def _integers(lanes: int, kind: ir.Type = I32) -> ir.Type:
 
 
 def _philox(v: Vectors, counter: list[ir.Value], key: list[ir.Value]) -> list[ir.Value]:
-    """The four words of a vector of counters; `key` are two numbers."""
+    """Return the four words of a vector of counters; `key` are two numbers."""
     builder, lanes = v.builder, v.lanes
     narrow, wide = _integers(lanes), _integers(lanes, I64)
     c0, c1, c2, c3 = counter
@@ -45,7 +48,7 @@ def _philox(v: Vectors, counter: list[ir.Value], key: list[ir.Value]) -> list[ir
 
 
 def _in_key_order(v: Vectors, words: list[ir.Value]) -> list[ir.Value]:
-    """Vectors in which word w of counter c stands at place 4 c + w."""
+    """Return vectors in which word w of counter c stands at place 4 c + w."""
     n = v.lanes
     low = [lane // 2 + (n if lane % 2 else 0) for lane in range(n)]
     high = [lane + n // 2 for lane in low]
@@ -57,9 +60,10 @@ def _in_key_order(v: Vectors, words: list[ir.Value]) -> list[ir.Value]:
 
 
 def emit_dropout(module: ir.Module, name: str, number: ir.Type, params: list, first_param: int) -> None:
-    """A hook that zeroes dropped weights in place and multiplies the others; arguments as those of the hooks that edit scores.
+    """Emit a hook that zeroes dropped weights in place and multiplies the others.
 
-    Positions are aligned to whole counters, so the first and the last vectors of a row may lie half outside and are masked.
+    Its arguments are those of a hook that edits scores. Positions are aligned to whole counters, so the first and the
+    last vectors of a row may lie half outside and are masked.
     """
     hook = Hook(module, name, 9, False, number, params)
     builder, lanes = hook.builder, hook.lanes

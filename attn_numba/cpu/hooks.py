@@ -1,12 +1,12 @@
 """A rule's formula as compiled vector code, for the addresses that kernels call.
 
-A formula (`rules/formula.py`) is emitted as LLVM IR, one vector of keys at a time, and compiled by llvmlite alone: tens of
-milliseconds a rule, kept in memory under the text. Kernels are never compiled again for a rule. A hook's parameters are one block of
-8-byte words: numbers as they are; for arrays the address and the strides in elements, 0 on broadcast axes. So new parameters compile
-nothing, and an array of any shape is read where it lies.
+A formula (`rules/formula.py`) is emitted as LLVM IR, one vector of keys at a time, and compiled by llvmlite alone: tens
+of milliseconds a rule, kept in memory under the text. Kernels are never compiled again for a rule. A hook's parameters
+are one block of 8-byte words: numbers as they are; for arrays the address and the strides in elements, 0 on broadcast
+axes. So new parameters compile nothing, and an array of any shape is read where it lies.
 
-Hooks hold positions in 32 bits and floats in the accumulator's type. Formulas of masks are computed exactly as written; in those of
-modifiers a division by a number that is the same for all keys becomes a product with its reciprocal.
+Hooks hold positions in 32 bits and floats in the accumulator's type. Formulas of masks are computed exactly as written;
+in those of modifiers a division by a number that is the same for all keys becomes a product with its reciprocal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXP_RANGE = {FLOAT: (-110.0, 100.0), DOUBLE: (-760.0, 720.0)}
 TANH_LIMIT = {FLOAT: 10.0, DOUBLE: 22.0}  # tanh is 1 from here on
 
 
-# -- Parameters ----------------------------------------------------------------------------------------------------------------
+# --- parameters ---
 
 
 def layout(params: list) -> list[int]:
@@ -50,15 +50,12 @@ def settled(params: list, number: np.dtype) -> list:
 
 def _settled(array: np.ndarray, number: np.dtype) -> np.ndarray:
     kind = array.dtype.kind
-    wanted = np.dtype(
-        bool
-        if kind == "b"
-        else np.int32
-        if kind in "iu"
-        else array.dtype
-        if array.dtype.str[1:] in ELEMENTS
-        else number
-    )
+    if kind == "b":
+        wanted = np.dtype(bool)
+    elif kind in "iu":
+        wanted = np.dtype(np.int32)
+    else:
+        wanted = array.dtype if array.dtype.str[1:] in ELEMENTS else np.dtype(number)
     step = array.strides[-1] if array.ndim and array.shape[-1] > 1 else 0
     regular = all(s % array.itemsize == 0 for s in array.strides) and step in (0, array.itemsize)
     if wanted == array.dtype and regular and array.dtype.isnative:
@@ -82,7 +79,10 @@ def words(params: list) -> np.ndarray:
 
 
 def structure(params: list) -> tuple:
-    """Return what of the parameters is compiled in: int or float of numbers; type and rank of arrays, and whether keys share one."""
+    """Return what of the parameters is compiled in.
+
+    Of numbers that is int or float; of arrays type, rank and whether all keys share one element.
+    """
     return tuple(
         (p.dtype.str, p.ndim, p.ndim > 0 and (p.strides[-1] == 0 or p.shape[-1] == 1))
         if isinstance(p, np.ndarray)
@@ -91,7 +91,7 @@ def structure(params: list) -> tuple:
     )
 
 
-# -- Formulas as code ----------------------------------------------------------------------------------------------------------
+# --- formulas as code ---
 
 
 class Emitter(Vectors):
@@ -254,9 +254,8 @@ class Emitter(Vectors):
     def exp(self, x: ir.Value) -> ir.Value:
         low, high = EXP_RANGE[self.number]
         n, small = self._reduced(self.at_most(self.at_least(x, low), high))
-        half = self.intrinsic(
-            "llvm.floor", self.builder.fmul(n, self.like(n, 0.5))
-        )  # 2**n in two factors: it may overflow
+        # 2**n may overflow where the whole does not: it is multiplied in two factors.
+        half = self.intrinsic("llvm.floor", self.builder.fmul(n, self.like(n, 0.5)))
         value = self.builder.fmul(self.builder.fadd(small, self.like(x, 1.0)), self._power_of_two(half))
         return self.builder.fmul(value, self._power_of_two(self.builder.fsub(n, half)))
 
@@ -272,7 +271,7 @@ class Emitter(Vectors):
         sign = builder.and_(builder.bitcast(x, kind), self.like_integer(x, -(2 ** (8 * self.bytes - 1))))
         return builder.bitcast(builder.or_(builder.bitcast(value, kind), sign), x.type)
 
-    # -- reading arrays --
+    # --- reading arrays ---
 
     def _load(self, node: Node) -> ir.Value:
         array: Array = node.data
@@ -345,11 +344,11 @@ class Emitter(Vectors):
         return builder.fpext(value, to) if self.number == DOUBLE else builder.fptrunc(value, to)
 
 
-# -- Hooks ---------------------------------------------------------------------------------------------------------------------
+# --- hooks ---
 
 
 class Hook:
-    """One function under construction, `(int64, ...) -> void or int64`, with the parameter block as its last argument."""
+    """One function under construction, `(int64, ...) -> void or int64`; its last argument is the parameter block."""
 
     def __init__(
         self, module: ir.Module, name: str, arguments: int, returns: bool, number: ir.Type, params: list
@@ -377,7 +376,7 @@ class Hook:
         return self.builder.trunc(x, I32)
 
     def each_vector(self, j0: ir.Value, columns: ir.Value, body, values: list[ir.Value]) -> list[ir.Value]:
-        """Call `body(first, lanes of row_j, mask or None, values) -> values` for each vector of keys, the last one masked."""
+        """Call `body(first, row_j, mask or None, values) -> values` for each vector of keys, the last one masked."""
         builder, lanes = self.builder, self.lanes
         steps = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
         vectors = Vectors(builder, self.number, lanes)
@@ -417,9 +416,10 @@ def _key_symbols(hook: Hook, row_j, offset) -> dict:
 
 
 def emit_edit(module, name, number, params, score: Node | None, allowed: Node | None) -> None:
-    """A hook that replaces scores in place by `score` (None: as they are) where `allowed`, by minus infinity elsewhere.
+    """Emit a hook that replaces scores in place by `score` where `allowed`, by minus infinity elsewhere.
 
     name(scores address, row length, b, h, i0, rows, j0, columns, parameter block). Rows are padded to whole vectors.
+    A `score` of None leaves scores as they are; an `allowed` of None allows all.
     """
     hook = Hook(module, name, 9, False, number, params)
     builder = hook.builder
@@ -451,10 +451,10 @@ def emit_edit(module, name, number, params, score: Node | None, allowed: Node | 
 
 
 def emit_tile(module, name, number, params, allowed: Node, certain: Node, possible: Node) -> None:
-    """A hook that answers NONE 0, SOME 1 or ALL 2 for a tile: name(b, h, i0, i1, j0, j1, parameter block).
+    """Emit a hook that answers NONE 0, SOME 1 or ALL 2 for a tile.
 
-    Where the bounds of the formula can say nothing (an array with an element for each pair), the pairs themselves are looked at: that
-    costs far less than computing their scores.
+    name(b, h, i0, i1, j0, j1, parameter block). Where the bounds of the formula can say nothing (an array with an
+    element for each pair), the pairs themselves are looked at: that costs far less than computing their scores.
     """
     hook = Hook(module, name, 7, True, number, params)
     builder = hook.builder
@@ -479,7 +479,7 @@ def emit_tile(module, name, number, params, allowed: Node, certain: Node, possib
 
 
 def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None:
-    """Return from the hook with NONE, SOME or ALL after evaluating each pair; leave at the first row that decides for SOME."""
+    """Emit the answer NONE, SOME or ALL from a look at each pair, given at the first row that decides for SOME."""
     builder, lanes = hook.builder, hook.lanes
     bits = ir.VectorType(I1, lanes)
     no, yes = ir.Constant(bits, [0] * lanes), ir.Constant(bits, [1] * lanes)
@@ -514,7 +514,7 @@ def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None
 
 
 def emit_runs(module, name, number, params, first: Node, end: Node) -> None:
-    """A hook that lists the stretches of keys (rows of k) that a query sees, as pairs of int32 (first, end).
+    """Emit a hook that lists the stretches of keys (rows of k) that a query sees, as pairs of int32 (first, end).
 
     name(b, h, row of q, number of stretches, address to write to, parameter block).
     """
@@ -533,7 +533,7 @@ def emit_runs(module, name, number, params, first: Node, end: Node) -> None:
     builder.ret_void()
 
 
-# -- Compilation ---------------------------------------------------------------------------------------------------------------
+# --- compilation ---
 
 _engines: dict[str, tuple[object, dict[str, int]]] = {}  # an engine must live as long as its addresses
 

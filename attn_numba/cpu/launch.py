@@ -1,16 +1,18 @@
 """Run one compiled worker on several cores, and keep compiled code on disk.
 
-A worker is a compiled function of (state address, worker number); workers pull item numbers from the atomic counter with which every
-state begins, so however many of them run, and whenever, all items are done.
+A worker is a compiled function of (state address, worker number); workers pull item numbers from the atomic counter
+with which every state begins, so however many of them run, and whenever, all items are done.
 
-Helpers are Python threads that sleep on a lock between calls. The calling thread works too, and does not wait for a helper that has
-not begun when all items are done. Numba's own pool (OpenMP) wakes as fast, but a region there waits for every thread, and one that
-another library's spinning threads keep off its core costs milliseconds: measured between two NumPy matrix products on 2 cores, 5 ms
-for a call of 1.5 ms. It also ends a forked child that enters it, and its fallback layer aborts when two threads enter at once.
+Helpers are Python threads that sleep on a lock between calls. The calling thread works too, and does not wait for a
+helper that has not begun when all items are done. Numba's own pool (OpenMP) wakes as fast, but a region there waits for
+every thread, and one that another library's spinning threads keep off its core costs milliseconds: measured between two
+NumPy matrix products on 2 cores, 5 ms for a call of 1.5 ms. It also ends a forked child that enters it, and its
+fallback layer aborts when two threads enter at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -26,12 +28,15 @@ from numba.core.ccallback import CFunc
 WORKER = types.void(types.intp, types.intp)
 
 
-# -- Compiled code on disk -----------------------------------------------------------------------------------------------------
+# --- compiled code on disk ---
 
 
 @functools.cache
 def _sources_stamp() -> str:
-    """One hash over the sources of this folder: Numba itself would not see a change in a file that a kernel calls into."""
+    """Return one hash over the sources of this folder.
+
+    Numba itself would not see a change in a file that a kernel calls into.
+    """
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -39,7 +44,10 @@ def _sources_stamp() -> str:
 
 
 class _SourcesCache(FunctionCache):
-    """Numba's disk cache of one function, stale as soon as any source of this folder changes; a damaged entry is compiled anew."""
+    """Numba's disk cache of one function, stale as soon as any source of this folder changes.
+
+    A damaged entry is compiled anew.
+    """
 
     def __init__(self, function):
         super().__init__(function)
@@ -59,19 +67,16 @@ def cache_folder() -> tuple[str | None, str]:
         path = _SourcesCache(_sources_stamp.__wrapped__).cache_path
     except RuntimeError as error:
         return None, f"no folder can be written: {error}"
-    return path, "NUMBA_CACHE_DIR" if os.environ.get(
-        "NUMBA_CACHE_DIR"
-    ) else "next to the package or in the user's cache"
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    return path, "NUMBA_CACHE_DIR" if named else "next to the package or in the user's cache"
 
 
 @functools.cache
 def compile_worker(function: Callable) -> int:
     """Compile (or load) a worker of (state address, worker number) and return its address."""
     worker = CFunc(function, (WORKER.args, WORKER.return_type), locals={}, options={"nopython": True, "nogil": True})
-    try:
+    with contextlib.suppress(RuntimeError):  # no folder can be written: compile for this process, keep nothing
         worker._cache = _SourcesCache(function)
-    except RuntimeError:  # no folder can be written: compile for this process, keep nothing
-        pass
     worker.compile()
     _keep.append(worker)
     return int(worker.address)
@@ -80,7 +85,7 @@ def compile_worker(function: Callable) -> int:
 _keep: list[object] = []  # compiled workers must outlive their addresses
 
 
-# -- Threads -------------------------------------------------------------------------------------------------------------------
+# --- threads ---
 
 
 class _Ticket:

@@ -8,8 +8,8 @@ import numpy as np
 
 from attn_numba.cpu import tiles as t
 from attn_numba.cpu.engine import unit_of
-from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.launch import compile_worker, run
+from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.tiles import TILE_ROWS, VECTORS
 
 DEPTH = 128  # words: all operands fit into the first-level cache
@@ -26,14 +26,17 @@ def _repeat(state, unit):
 
 
 def peak_float32(state, number):
+    """Repeat the float32 tile; a worker, like the two below."""
     _repeat(state, np.float32(0))
 
 
 def peak_float64(state, number):
+    """Repeat the float64 tile."""
     _repeat(state, np.float64(0))
 
 
 def peak_bfloat16(state, number):
+    """Repeat the tile of pairs of bfloat16."""
     _repeat(state, np.int32(0))
 
 

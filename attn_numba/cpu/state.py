@@ -1,4 +1,4 @@
-"""The record that one call passes to its workers: addresses, strides and sizes, all decided before the first worker starts."""
+"""The record that one call passes to its workers: addresses, strides and sizes, decided before the first one starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ COUNTER_WORDS = 16
 
 
 class Call(NamedTuple):
-    """Everything a forward worker reads. Addresses and strides in bytes; `*_at` are offsets into a worker's own workspace."""
+    """Everything a forward worker reads.
 
-    items: int  # (sequence, key head, set of query heads, block of query rows), numbered from the last block of rows to the first
+    Addresses and strides are in bytes; `*_at` are offsets into a worker's own workspace.
+    """
+
+    items: int  # (sequence, key head, set of query heads, block of query rows); the last block of rows comes first
     workspace: int  # worker n owns workspace + n * workspace_bytes
     workspace_bytes: int
     B: int
@@ -85,7 +88,7 @@ class Call(NamedTuple):
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
     runs_at: int  # int32 pairs: first and end of each stretch of keys that a group sees
-    spans_at: int  # for each strip the number of stretches of keys that its rows see together and of those done, then pairs (first, end)
+    spans_at: int  # for each strip: stretches of keys that its rows see, how many are done, then pairs (first, end)
     spans_row: int  # bytes of one such list
     row_runs_at: int  # int32 pairs (row, run): stretches of keys (rows of k) that each row sees
     pieces_at: int  # for each row of a group its number of pieces, then int32 pairs (column, width) of at most a vector
@@ -108,7 +111,7 @@ _RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int
 
 @intrinsic
 def call_of(typingctx, state):
-    """The `Call` record of the state block at an address."""
+    """Return the `Call` record of the state block at an address."""
 
     def codegen(context, builder, signature, args):
         start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))

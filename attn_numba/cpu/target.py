@@ -1,7 +1,7 @@
 """The processor that kernels are compiled for: vector length, register tile, and which conversions it has.
 
-Numba compiles for the host unless `NUMBA_CPU_NAME` names another processor, so the answer is not asked of the host but of the
-compiler: three one-line functions are compiled for the same target and their assembly is read.
+Numba compiles for the host unless `NUMBA_CPU_NAME` names another processor, so the answer is not asked of the host but
+of the compiler: a few one-line functions are compiled for the same target and their assembly is read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import llvmlite.binding as llvm
 from numba.core import config
 from numba.core.registry import cpu_target
 
-# Numba 0.68 keeps the host's features when NUMBA_CPU_NAME names another processor, so that "haswell" would still mean AVX-512.
-# An empty list leaves the features to the name; it takes effect if Numba has compiled nothing yet.
+# Numba 0.68 keeps the host's features when NUMBA_CPU_NAME names another processor, so that "haswell" would still mean
+# AVX-512. An empty list leaves the features to the name; it takes effect if Numba has compiled nothing yet.
 if config.CPU_NAME is not None and config.CPU_FEATURES is None:
     config.CPU_FEATURES = ""
 
@@ -71,7 +71,7 @@ def _assembly(machine: llvm.TargetMachine, text: str) -> str:
 
 @functools.cache
 def target() -> Target:
-    """Return the target's vector length, register tile and conversions, read once from what the compiler emits for it."""
+    """Return the target's vectors, register tile and conversions, read once from what the compiler emits for it."""
     name = cpu_target.target_context.codegen().magic_tuple()[1]
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return Target(name, 16, 8, False, False)  # NEON: 32 registers, fused multiply-add always

@@ -382,25 +382,34 @@ write_number, write_half_number, write_brain_number = (_writer(kind, False) for 
 
 
 def _transpose(v: Vectors, unit, source, source_row, to, to_row):
-    """One square block of `lanes` x `lanes` words, by exchanging lanes between pairs of rows at distances 1, 2, 4, ..."""
+    """One square block of `lanes` x `lanes` words.
+
+    Each stage exchanges lanes of pairs of rows: first within quarters of 128 bits, which is cheapest, then quarters as wholes.
+    """
     builder, n = v.builder, v.lanes
     rows, at = [], source
     for _ in range(n):
         rows.append(v.load(at))
         at = builder.add(at, source_row)
-    distance = n // 2
-    while distance:
-        low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
-        high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+    inner = min(n, 16 // v.bytes)  # lanes in 128 bits
+    distance = 1
+    while distance < n:
         for i in range(n):
             if not i & distance:
                 a, b = rows[i], rows[i + distance]
-                rows[i], rows[i + distance] = v.shuffle(a, b, low), v.shuffle(a, b, high)
-        distance //= 2
+                rows[i], rows[i + distance] = (v.shuffle(a, b, p) for p in _exchange(n, inner, distance))
+        distance *= 2
     at = to
     for row in rows:
         v.store(row, at)
         at = builder.add(at, to_row)
+
+
+def _exchange(n: int, inner: int, distance: int) -> tuple[list[int], list[int]]:
+    """Which lanes of two rows (the second row's from n on) make the two rows after an exchange at a distance."""
+    low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+    high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+    return low, high
 
 
 # rows `source_row` bytes apart become columns of rows `to_row` bytes apart

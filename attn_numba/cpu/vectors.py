@@ -1,30 +1,34 @@
-"""LLVM vector code shared by the register tiles, the row operations and the compiled rules: one emitter for every vector length.
+"""LLVM vector code, one emitter for every vector length: for register tiles, row operations and compiled rules.
 
-Nothing here knows attention. Sums are written out lane by lane and never left to LLVM's loop vectorizer, whose body and remainder
-add in different orders at different lengths; comparisons and selections let NaN pass.
+Nothing here knows attention. Sums are written out lane by lane and never left to LLVM's loop vectorizer, whose body and
+remainder add in different orders at different lengths; comparisons and selections let NaN pass.
 """
 
 from __future__ import annotations
 
 import llvmlite.ir as ir
+import numpy as np
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 CONTRACT = ("contract",)
 
-# Minimax polynomials of 2**f on [-1/2, 1/2] with constant term 1, highest power first; relative error 2.6e-9 and 1.8e-17
-# before rounding (found by Remez exchange in 60 digits).
+# Minimax polynomials of 2**f on [-1/2, 1/2] with constant term 1, highest power first; relative error 2.6e-9 and
+# 1.8e-17 before rounding (found by Remez exchange in 60 digits).
 EXP2_COEFFICIENTS = {
     FLOAT: (
-        1.5594700366010472e-4, 1.3406643631522470e-3, 9.6176928929041036e-3, 5.5503105523600075e-2, 2.4022652783373493e-1,
-        6.9314721496732245e-1, 1.0,
+        1.5594700366010472e-4, 1.3406643631522470e-3, 9.6176928929041036e-3, 5.5503105523600075e-2,
+        2.4022652783373493e-1, 6.9314721496732245e-1, 1.0,
     ),
     DOUBLE: (
-        4.0780478690469057e-10, 7.0725703910727200e-9, 1.0180647800153076e-7, 1.3215442675384053e-6, 1.5252727384899030e-5,
-        1.5403530441572209e-4, 1.3333558153244248e-3, 9.6181291076070022e-3, 5.5504108664790393e-2,
-        2.4022650695910098e-1, 6.9314718055994570e-1, 1.0,
+        4.0780478690469057e-10, 7.0725703910727200e-9, 1.0180647800153076e-7, 1.3215442675384053e-6,
+        1.5252727384899030e-5, 1.5403530441572209e-4, 1.3333558153244248e-3, 9.6181291076070022e-3,
+        5.5504108664790393e-2, 2.4022650695910098e-1, 6.9314718055994570e-1, 1.0,
     ),
 }  # fmt: skip
+# 2**f - 1 = c1 f + c2 f**2 on [-1/64, 1/64]: Taylor terms, c1 with three quarters of the cubic one at the ends; error 5e-8.
+EXP2_NEAR_ZERO = (0.69314718055994531 + 0.75 * 0.05550410866482158 / 64**2, 0.24022650695910072)
+EXP2_TABLE = tuple(np.exp2(np.arange(32) / 32).astype(np.float32).tolist())
 
 
 class BFloat(ir.Type):
@@ -71,7 +75,7 @@ class Vectors:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
     def pointer(self, address: ir.Value, offset: ir.Value | int = 0, kind: ir.Type | None = None) -> ir.Value:
-        """A pointer to `kind` (default: a vector) at a byte address plus an offset in bytes."""
+        """Return a pointer to `kind` (default: a vector) at a byte address plus an offset in bytes."""
         if isinstance(offset, ir.Value) or offset:
             step = offset if isinstance(offset, ir.Value) else ir.Constant(I64, offset)
             address = self.builder.add(address, step)
@@ -86,7 +90,7 @@ class Vectors:
         self.builder.store(value, self.pointer(address, offset, value.type)).align = 1
 
     def first_lanes(self, count: ir.Value) -> ir.Value:
-        """A mask of the first `count` (int64) lanes."""
+        """Return a mask of the first `count` (int64) lanes."""
         lanes = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
         return self.builder.icmp_signed("<", lanes, self.splat(self.builder.trunc(count, I32)))
 
@@ -116,24 +120,24 @@ class Vectors:
         return self.intrinsic("llvm.fma", a, b, c)
 
     def like(self, x: ir.Value, number: float) -> ir.Constant:
-        """The constant `number` in the shape of `x`: a vector or one number."""
+        """Return the constant `number` in the shape of `x`: a vector or one number."""
         return self.constant(number) if isinstance(x.type, ir.VectorType) else ir.Constant(self.number, number)
 
     def like_integer(self, x: ir.Value, number: int) -> ir.Constant:
         return self.integer_constant(number) if isinstance(x.type, ir.VectorType) else ir.Constant(self.integer, number)
 
     def at_least(self, x: ir.Value, low: float) -> ir.Value:
-        """max(x, low), NaN where x is NaN."""
+        """Return max(x, low), NaN where x is NaN."""
         bound = self.like(x, low)
         return self.builder.select(self.builder.fcmp_ordered("<", x, bound), bound, x)
 
     def at_most(self, x: ir.Value, high: float) -> ir.Value:
-        """min(x, high), NaN where x is NaN."""
+        """Return min(x, high), NaN where x is NaN."""
         bound = self.like(x, high)
         return self.builder.select(self.builder.fcmp_ordered(">", x, bound), bound, x)
 
     def larger(self, x: ir.Value, y: ir.Value) -> ir.Value:
-        """The larger of the two, y where either is NaN: a NaN score is met again, and kept, by the exponential."""
+        """Return the larger, y where either is NaN: a NaN score is met again, and kept, by the exponential."""
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
 
     def polynomial(self, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
@@ -143,11 +147,13 @@ class Vectors:
         return result
 
     def exp2_nonpositive(self, x: ir.Value) -> ir.Value:
-        """2**x for x up to about 100: exactly 0 from -127 (double: -1023) down, NaN stays NaN.
+        """Return 2**x for x up to about 100: exactly 0 from -127 (double: -1023) down, NaN stays NaN.
 
-        Adding 1.5 * 2**23 (2**52) rounds to an integer, whose low bits, with the exponent's bias added, are then in place to be
-        shifted into an exponent; the sum with the polynomial's product stays exact for NaN because it is a product.
+        Adding 1.5 * 2**23 (2**52) rounds to an integer, whose low bits, with the exponent's bias added, are then in
+        place to be shifted into an exponent; NaN passes through the polynomial, whose product keeps it.
         """
+        if self.number == FLOAT and self.lanes == 16 and isinstance(x.type, ir.VectorType):
+            return self._exp2_by_table(x)
         builder = self.builder
         mantissa, bias = (52, 1023) if self.number == DOUBLE else (23, 127)
         magic = 1.5 * 2.0**mantissa + bias
@@ -160,6 +166,24 @@ class Vectors:
             self.polynomial(fraction, EXP2_COEFFICIENTS[self.number]), builder.bitcast(exponent, x.type)
         )
 
+    def _exp2_by_table(self, x: ir.Value) -> ir.Value:
+        """The same where a permutation of two registers looks up 2**(k / 32): x = n + k / 32 + f, and f needs degree 2 only.
+
+        The exponent n goes into the table's number by integer addition, which NaN never meets: it arrives with f.
+        """
+        builder = self.builder
+        x = self.at_least(x, -127.0)
+        shifted = builder.fadd(x, self.constant(1.5 * 2.0**18))  # the last bit is worth 1 / 32
+        fraction = builder.fsub(x, builder.fsub(shifted, self.constant(1.5 * 2.0**18)))
+        bits = builder.bitcast(shifted, self.integers)
+        low, high = (ir.Constant(self.vector, list(EXP2_TABLE[n : n + 16])) for n in (0, 16))
+        entry = self.call("llvm.x86.avx512.vpermi2var.ps.512", self.vector, low, bits, high)
+        exponent = builder.and_(builder.shl(bits, self.integer_constant(18)), self.integer_constant(-(2**23)))
+        scaled = builder.bitcast(builder.add(builder.bitcast(entry, self.integers), exponent), self.vector)
+        linear, square = EXP2_NEAR_ZERO
+        above = builder.fmul(self.fma(self.constant(square), fraction, self.constant(linear)), fraction)
+        return self.fma(scaled, above, scaled)
+
     def fold(self, x: ir.Value, combine) -> ir.Value:
         """Combine all lanes of `x` in a fixed order into one number."""
         width = self.lanes
@@ -170,10 +194,10 @@ class Vectors:
 
 
 class Loop:
-    """A counted loop over int64 with loop-carried values, for straight emission:
+    """A counted loop over int64 from 0, with loop-carried values, for code that is emitted straight on.
 
-    with start and stop known, `loop = Loop(builder, stop, step, [a, b])` opens it, `loop.index` and `loop.values` are to be used,
-    and `loop.close([a2, b2])` returns the values after the loop. A loop whose stop is not above 0 runs no turn.
+    `loop = Loop(builder, stop, step, [a, b])` opens it, its body uses `loop.index` and `loop.values`, and
+    `loop.close([a2, b2])` returns the values after the loop. A loop whose stop is not above 0 runs no turn.
     """
 
     def __init__(self, builder: ir.IRBuilder, stop: ir.Value, step: int, values: list[ir.Value]) -> None:

@@ -18,8 +18,7 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from scipy.special import expit
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
+from tokenizers import AddedToken, Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
 from tqdm import tqdm
 
 import attn_numba as an

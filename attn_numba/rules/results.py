@@ -1,0 +1,36 @@
+"""What a call returns: the output alone, or a named tuple of what was asked for."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+from attn_numba.rules.data import AnyArray
+
+
+class Merged(NamedTuple):
+    """What `merge` returns."""
+
+    out: AnyArray  # (B, H, M, E)
+    lse: AnyArray  # (B, H, M)
+
+
+def result_of(out: Any, lse: Any = None, weights: Any = None) -> Any:
+    """Return the output alone, or a named tuple ``Attention`` of it and of what is not None."""
+    found = {"out": out, "lse": lse, "weights": weights}
+    fields = tuple(name for name, array in found.items() if array is not None)
+    return out if fields == ("out",) else _named(fields, tuple(found[name] for name in fields))
+
+
+def _named(fields: tuple[str, ...], arrays: tuple[Any, ...]) -> Any:
+    return _KINDS[fields](*arrays)
+
+
+def _kind(*fields: str) -> Any:
+    kind: Any = namedtuple("Attention", fields)
+    # Several kinds share the one name, by which pickle could not find them.
+    kind.__reduce__ = lambda self: (_named, (fields, tuple(self)))
+    return kind
+
+
+_KINDS = {fields: _kind(*fields) for fields in (("out", "lse"), ("out", "weights"), ("out", "lse", "weights"))}
