@@ -17,7 +17,7 @@ from attn_numba.parallel import thread_count
 from attn_numba.partition import merge
 from attn_numba.problem import Problem
 from attn_numba.rules import as_mask, places_of
-from attn_numba.rules.arguments import ACCUMULATORS, DTYPES, check_offsets
+from attn_numba.rules.arguments import ANY_DTYPE, DTYPES, check_offsets
 from attn_numba.rules.results import result_of
 
 __all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
@@ -259,8 +259,8 @@ def warmup(dtypes: Any = ("float32",)) -> dict[str, float]:
     """
     names = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
     for name in names:
-        if name not in ACCUMULATORS:
-            raise ValueError(f"dtypes has {name!r}; needed {DTYPES}")
+        if name not in DTYPES:
+            raise ValueError(f"dtypes has {name!r}; needed {ANY_DTYPE}")
     from attn_numba.cpu.engine import prepare
 
     seconds = {}

@@ -20,11 +20,11 @@ from attn_numba.api import attention, backends, config_report, warmup
 from attn_numba.comparison import Agreement, check_workload, compare_backends, contenders, plain_table, time_call
 from attn_numba.job import Job, RuleSet
 from attn_numba.parallel import thread_count, threads
+from attn_numba.rules.arguments import DTYPES
 from attn_numba.workloads import WORKLOADS, named_dtype
 
 __all__ = ["main"]
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PIECE_FLOP = 2**35
 """Operations of a piece of `run`, about a third of a second on one core; less than two pieces show no bar."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import operator
+import os
 import threading
 from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
@@ -29,6 +30,8 @@ REMEMBERED_BYTES = 2**20  # rules with larger arrays are not kept
 
 _fitting: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # else a forked child may find it held by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Problem(NamedTuple):

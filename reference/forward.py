@@ -22,7 +22,7 @@ import numpy as np
 from attn_numba.rules import Dot, Dropout, Softmax, as_mask, as_modifiers, places_of
 from attn_numba.rules.arguments import (
     ACCUMULATORS,
-    DTYPES,
+    ANY_DTYPE,
     check_dtypes,
     check_offsets,
     check_parts,
@@ -31,7 +31,6 @@ from attn_numba.rules.arguments import (
     sizes_of,
 )
 from attn_numba.rules.results import Merged, result_of
-
 
 
 def attention(
@@ -256,7 +255,7 @@ class _Precision(NamedTuple):
     def of(cls, dtype: Any) -> _Precision:
         name = "float64" if dtype is None else dtype if isinstance(dtype, str) else np.dtype(dtype).name
         if name not in ACCUMULATORS:
-            raise TypeError(f"compute_dtype is {name}; needed {DTYPES}")
+            raise TypeError(f"compute_dtype is {name}; needed {ANY_DTYPE}")
         return cls(name, ACCUMULATORS[name].type)
 
     def inputs(self, x: np.ndarray) -> np.ndarray:

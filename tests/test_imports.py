@@ -23,7 +23,7 @@ ALLOWED = {
     "rules": {"rules"},
     "parallel": set(),
     "problem": {"rules"},
-    "partition": {"rules", "problem"},
+    "partition": {"rules"},
     "cpu": {"", "rules", "problem", "parallel", "cpu"},
     "reference": {"rules", "reference"},
     "api": {"", "rules", "problem", "parallel", "partition", "cpu", "reference"},
@@ -34,7 +34,7 @@ ALLOWED = {
     "workloads": {"rules", "integrations"},
     "job": {"rules", "problem"},
     "comparison": {"rules", "problem", "api", "job", "workloads", "reference"},
-    "cli": {"", "api", "cpu", "parallel", "job", "files", "workloads", "comparison", "integrations"},
+    "cli": {"", "rules", "api", "cpu", "parallel", "job", "files", "workloads", "comparison", "integrations"},
     "__main__": {"cli"},
 }
 WHEN_CALLED = {"cpu", "integrations", "reference"}  # imported inside functions only, but by themselves and each other

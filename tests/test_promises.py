@@ -271,6 +271,57 @@ def test_a_scale_is_not_taken_for_that_of_another_call(scale):
             np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 if dtype == "bfloat16" else 2e-3)
 
 
+# --- positions ---
+
+
+@pytest.mark.parametrize("shift", [-(2**29), -7, 1, 2**29])
+def test_only_differences_of_positions_count(shift, backend):
+    """For rules that look at differences alone; dropout counts positions themselves."""
+    q, k, v = arrays(B=2, M=30, N=90)
+    rules = {"mask": an.SlidingWindow(40, 2) | ~an.Causal(), "modifiers": an.ALiBi(0.25), "backend": backend}
+    expected = an.attention(q, k, v, query_offset=[60, 20], **rules, **ASKED)
+    offsets = {"query_offset": np.array([60, 20]) + shift, "key_offset": shift}
+    assert_same(an.attention(q, k, v, **offsets, **rules, **ASKED), expected)
+    dropout = an.Dropout(0.5, 1)
+    moved = an.attention(q, k, v, **offsets, dropout=dropout, backend=backend)
+    assert not np.array_equal(moved, an.attention(q, k, v, query_offset=[60, 20], dropout=dropout, backend=backend))
+
+
+def test_equal_lengths_start_together(backend):
+    q, k, v = arrays(M=50, N=50)
+    expected = an.attention(q, k, v, mask=an.Causal(), backend=backend)
+    for offsets in ({"key_offset": 12}, {"key_offset": np.array([12, -3])}, {"query_offset": 9, "key_offset": 9}):
+        np.testing.assert_array_equal(an.attention(q, k, v, mask=an.Causal(), backend=backend, **offsets), expected)
+    np.testing.assert_array_equal(expected[:, :, 0], v[:, :, 0].repeat(2, 1))  # the first query sees the first key
+
+
+def test_array_rules_go_by_rows(backend):
+    """Offsets move nothing for rules that are as large as the arrays; and without positions none is needed."""
+    q, k, v = arrays(M=30, N=90)
+    rng = np.random.default_rng(3)
+    rules = {
+        "mask": an.Padding([50, 90])
+        & (rng.random((30, 90)) < 0.5)
+        & an.SameDocument(documents(3, 30), documents(3, 90)),
+        "modifiers": [an.Bias(rng.standard_normal((30, 90))), an.Temperature(rng.random(30) + 0.5)],
+        "backend": backend,
+    }
+    expected = an.attention(q, k, v, **rules, **ASKED)
+    found = an.attention(q, k, v, query_offset=[1000, -1000], key_offset=-77, **rules, **ASKED)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_leaves_lse_and_weights(dtype, backend):
+    q, k, v = arrays(dtype=dtype)
+    plain = an.attention(q, k, v, mask=an.Padding([200, 33]), backend=backend, **ASKED)
+    dropout = {"dropout": an.Dropout(0.5, 3), "query_offset": 0}
+    found = an.attention(q, k, v, mask=an.Padding([200, 33]), backend=backend, **dropout, **ASKED)
+    np.testing.assert_allclose(found.weights, plain.weights, rtol=1e-5)  # bfloat16 takes another way with dropout
+    np.testing.assert_allclose(found.lse, plain.lse, rtol=1e-6)
+    assert not np.array_equal(found.out, plain.out)
+
+
 # --- weights, lse and output agree ---
 
 

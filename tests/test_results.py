@@ -13,7 +13,7 @@ Q = np.random.default_rng(0).standard_normal((4, 3))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize(("lse", "weights"), itertools.product((False, True), repeat=2))
+@pytest.mark.parametrize(("lse", "weights"), list(itertools.product((False, True), repeat=2)))
 def test_what_was_asked_for(backend, lse, weights):
     found = an.attention(Q, Q, Q, return_lse=lse, return_weights=weights, backend=backend)
     same = an.reference.attention(Q, Q, Q, return_lse=lse, return_weights=weights)

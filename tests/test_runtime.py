@@ -150,14 +150,14 @@ def keep_calling():
 threads = [threading.Thread(target=keep_calling) for _ in range(2)]
 [t.start() for t in threads]
 statuses = []
-for _ in range(40):
+for _ in range(15):
     child = os.fork()
     if child == 0:
         status = 1
         try:
             import signal
 
-            signal.alarm(20)  # a child that waits forever for a lock ends so
+            signal.alarm(10)  # a child that waits forever for a lock ends so
             status = 0 if np.array_equal(an.attention(*inputs, mask=an.Causal()), expected) else 2
         finally:
             os._exit(status)

@@ -80,13 +80,12 @@ def _pack_keys(call, space, keys, number, j0, unit):
 
 
 @compiled
-def _mark_runs(call, space, union, rows, j0, j1, lanes):
+def _mark_runs(call, space, union, groups, j0, j1, lanes):
     """Mark all vectors of the tile between the first and the last key that any row of the item sees; return 0 if there are none."""
     first, end = j1, j0
-    for r in range(rows):
-        at = space + call.row_runs_at + r * call.run_count * 8
-        first = min(first, max(load_int32(at), j0))
-        end = max(end, min(load_int32(at + 8 * call.run_count - 4), j1))
+    for g in range(groups):
+        first = min(first, max(load_int32(space + call.hulls_at + 8 * g), j0))
+        end = max(end, min(load_int32(space + call.hulls_at + 8 * g + 4), j1))
     for n in range((first - j0) // lanes, (end - j0 + lanes - 1) // lanes):
         store_byte(union + n, SOME)
     return 1 if end > first else 0
@@ -148,7 +147,7 @@ def prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0
         store_byte(union + n, NONE)
     seen = 0
     if call.runs_hook:
-        seen = _mark_runs(call, space, union, groups * call.group_rows, j0, j1, lanes)
+        seen = _mark_runs(call, space, union, groups, j0, j1, lanes)
     for g in range(0 if call.runs_hook else groups):
         i0 = i_first + g % head_groups * call.group_rows
         i1 = min(i0 + call.group_rows, i_end)

@@ -91,6 +91,7 @@ class Call(NamedTuple):
     spans_at: int  # for each strip: stretches of keys that its rows see, how many are done, then pairs (first, end)
     spans_row: int  # bytes of one such list
     row_runs_at: int  # int32 pairs (row, run): stretches of keys (rows of k) that each row sees
+    hulls_at: int  # int32 pair for each group: first key that a row of it sees and end of the last stretch
     pieces_at: int  # for each row of a group its number of pieces, then int32 pairs (column, width) of at most a vector
     pieces_row: int  # bytes of one such list
     kept_at: int  # the scores that the rows of a group see, side by side

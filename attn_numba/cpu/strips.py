@@ -32,7 +32,8 @@ from attn_numba.cpu.tiles import (
     store_byte,
     store_int32,
     store_number,
-    strip_scores,
+    strip_scores_1,
+    strip_scores_2,
     strip_values_1,
     strip_values_2,
     vector_length,
@@ -43,8 +44,9 @@ from attn_numba.cpu.tiles import (
 
 @compiled
 def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
-    """Ask the runs hook what each row of the item sees; rows to spare see nothing."""
+    """Ask the runs hook what each row of the item sees; rows to spare see nothing. Note each group's first key and last."""
     for g in range(groups):
+        first, end = call.N, 0
         for r in range(call.group_rows):
             i = i_first + g % head_groups * call.group_rows + r
             at = space + call.row_runs_at + (g * call.group_rows + r) * call.run_count * 8
@@ -54,6 +56,9 @@ def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
                 for n in range(call.run_count):
                     store_int32(at + 8 * n, call.N)
                     store_int32(at + 8 * n + 4, 0)
+            first, end = min(first, load_int32(at)), max(end, load_int32(at + 8 * call.run_count - 4))
+        store_int32(space + call.hulls_at + 8 * g, first)
+        store_int32(space + call.hulls_at + 8 * g + 4, end)
 
 
 @compiled
@@ -61,6 +66,9 @@ def list_spans(call, space, kinds, g, rows, j0, j1, lanes):
     """For each strip of the group, list the stretches of the tile that its rows see together, ascending and apart; for each row, its
     own pieces of at most a vector, as pairs (column, width). Mark the vectors they touch; return the most stretches of a strip.
     """
+    hull = space + call.hulls_at + 8 * g
+    if load_int32(hull) >= j1 or load_int32(hull + 4) <= j0:
+        return 0
     for n in range((j1 - j0 + lanes - 1) // lanes):
         store_byte(kinds + n, NONE)
     most = 0
@@ -134,14 +142,28 @@ def strip_products(call, space, queries, kinds, most, b, h, i0, rows, j0, j1, un
     lanes, word = vector_length(unit), word_bytes(unit)
     vectors = (j1 - j0 + lanes - 1) // lanes
     scores, length = space + call.scores_at, call.strip_row
-    for n in range(most):
+    for n in range(0, most, 2):
         for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
             spans = space + call.spans_at + s * call.spans_row
-            if n < load_int32(spans):
-                a, to = queries + s * STRIP_ROWS * call.depth * word, scores + s * STRIP_ROWS * length * word
-                for column in range(load_int32(spans + 8 * n + 8), load_int32(spans + 8 * n + 12), lanes):
-                    packed = space + call.keys_at + column * word
-                    strip_scores(unit, a, call.depth, packed, call.keys_row, to + column * word, length, call.depth)
+            count = load_int32(spans)
+            if n >= count:
+                continue
+            a, to = queries + s * STRIP_ROWS * call.depth * word, scores + s * STRIP_ROWS * length * word
+            spans += 8 * n + 8
+            first, end = load_int32(spans), load_int32(spans + 4)
+            other, stop = (load_int32(spans + 8), load_int32(spans + 12)) if n + 1 < count else (0, 0)
+            packed = space + call.keys_at
+            if 0 < stop - other <= lanes and end - first <= lanes:
+                apart = (other - first) * word
+                b, c = packed + first * word, to + first * word
+                strip_scores_2(unit, a, call.depth, b, call.keys_row, c, length, call.depth, apart)
+                continue
+            for column in range(first, end, lanes):
+                b, c = packed + column * word, to + column * word
+                strip_scores_1(unit, a, call.depth, b, call.keys_row, c, length, call.depth)
+            for column in range(other, stop, lanes):
+                b, c = packed + column * word, to + column * word
+                strip_scores_1(unit, a, call.depth, b, call.keys_row, c, length, call.depth)
     if not call.modify_hook:
         return
     n = 0

@@ -75,13 +75,15 @@ def _define(count: int, emit, result=None, tail=()):
 class _Operands:
     """The rows of a register tile: `rows` of A and C, of which row i begins i row lengths (in words) after the first."""
 
-    def __init__(self, v: Vectors, unit: types.Type, rows: int, vectors: int, a, a_row, b, b_row, c, c_row) -> None:
+    def __init__(self, v: Vectors, unit: types.Type, rows: int, vectors: int, a, a_row, b, b_row, c, c_row, apart=None):
         self.v, self.rows, self.vectors = v, rows, vectors
         self.pairs = unit == types.int32
         self.word = I32 if self.pairs else v.number
         self.size = ir.Constant(I64, v.bytes)
         self.a_rows, self.c_rows = self._addresses(a, a_row), self._addresses(c, c_row)
         self.b, self.b_step = b, v.builder.mul(b_row, self.size)
+        beside = [ir.Constant(I64, n * v.lanes * v.bytes) for n in range(vectors)]
+        self.columns = beside if apart is None else [beside[0], apart]  # in bytes, of B and of C
 
     def _addresses(self, base: ir.Value, row: ir.Value) -> list[ir.Value]:
         step = self.v.builder.mul(row, self.size)
@@ -94,20 +96,19 @@ class _Operands:
         return [self.v.constant(0.0)] * (self.rows * self.vectors)
 
     def load(self) -> list[ir.Value]:
-        step = self.v.lanes * self.v.bytes
-        return [self.v.load(row, n * step) for row in self.c_rows for n in range(self.vectors)]
+        return [self.v.load(row, column) for row in self.c_rows for column in self.columns]
 
     def store(self, accumulators: list[ir.Value]) -> None:
         v = self.v
         for i, row in enumerate(self.c_rows):
             for n in range(self.vectors):
-                v.store(accumulators[i * self.vectors + n], row, n * v.lanes * v.bytes)
+                v.store(accumulators[i * self.vectors + n], row, self.columns[n])
 
     def multiply_add(self, depth: ir.Value, accumulators: list[ir.Value]) -> list[ir.Value]:
         """Add column `depth` of A times row `depth` of B: one chain of fused multiply-adds for each element of C."""
         v, builder, new = self.v, self.v.builder, []
         at = builder.add(self.b, builder.mul(depth, self.b_step))
-        rights = [v.load(at, n * v.lanes * v.bytes) for n in range(self.vectors)]
+        rights = [v.load(at, column) for column in self.columns]
         offset = builder.mul(depth, self.size)
         for i, row in enumerate(self.a_rows):
             left = v.splat(v.load(row, offset, self.word), self.word)
@@ -134,6 +135,17 @@ def _score_tile(rows: int, vectors: int):
         tile.store(loop.close(tile.multiply_add(loop.index, loop.values)))
 
     return _define(7, emit)
+
+
+def _score_pair(rows: int):
+    """As `_score_tile` with two vectors of columns, `apart` bytes from each other in B and in C."""
+
+    def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth, apart):
+        tile = _Operands(v, unit, rows, 2, a, a_row, b, b_row, c, c_row, apart)
+        loop = Loop(v.builder, depth, 1, tile.zeros())
+        tile.store(loop.close(tile.multiply_add(loop.index, loop.values)))
+
+    return _define(8, emit)
 
 
 def _value_tile(rows: int, vectors: int):
@@ -168,7 +180,7 @@ value_row_3, value_row_2, value_row_1 = (_value_tile(1, n) for n in (3, 2, 1))
 
 # Strips of a few rows, for masks whose rows see short stretches of keys each.
 STRIP_ROWS = 4
-strip_scores = _score_tile(STRIP_ROWS, 1)
+strip_scores_1, strip_scores_2 = _score_tile(STRIP_ROWS, 1), _score_pair(STRIP_ROWS)
 strip_values_2, strip_values_1 = (_value_tile(STRIP_ROWS, n) for n in (2, 1))
 
 

@@ -20,7 +20,8 @@ ACCUMULATORS: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float32),
     "bfloat16": np.dtype(np.float32),
 }
-DTYPES = "float64, float32, float16 or bfloat16"
+DTYPES = tuple(ACCUMULATORS)
+ANY_DTYPE = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
 POSITION_LIMIT = 2**30
 LETTERS = {"q": "(B, H, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, E)"}
 
@@ -58,7 +59,7 @@ def check_dtype(name: str, dtype: str) -> None:
         If it is not supported.
     """
     if dtype not in ACCUMULATORS:
-        raise TypeError(f"{name} has dtype {dtype}; needed {DTYPES}")
+        raise TypeError(f"{name} has dtype {dtype}; needed {ANY_DTYPE}")
 
 
 def sizes_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Sizes:

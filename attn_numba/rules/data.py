@@ -12,6 +12,8 @@ from attn_numba.rules.places import Sizes
 
 AnyArray: TypeAlias = "np.ndarray[Any, Any]"
 
+NARROW_FLOATS = ("float16", "bfloat16", "float32")  # dtypes whose numbers are kept as float32
+
 
 def as_array(x: object, rule: str, name: str = "") -> AnyArray:
     """Return `x` as a NumPy array.
@@ -120,7 +122,7 @@ def floats(rule: str, name: str, x: object, ndim: int) -> AnyArray:
         If there are too many axes.
     """
     array = as_array(x, rule, name)
-    narrow = array.dtype.name in ("float16", "bfloat16", "float32")
+    narrow = array.dtype.name in NARROW_FLOATS
     if not narrow and array.dtype.kind not in "iuf":
         raise TypeError(f"{rule}: {name} has dtype {array.dtype}; needed real numbers")
     if array.ndim > ndim:
@@ -168,4 +170,4 @@ def _custom_param(rule: str, name: str, x: object) -> Param:
         if array.ndim == 0:
             raise TypeError(f"{rule}: {name} is {x}; needed a number: pass {int(array)} and compare")
         return frozen(array)
-    return frozen(array, np.float64 if array.dtype.name not in ("float16", "bfloat16", "float32") else np.float32)
+    return frozen(array, np.float32 if array.dtype.name in NARROW_FLOATS else np.float64)

@@ -26,11 +26,15 @@ def _named(fields: tuple[str, ...], arrays: tuple[Any, ...]) -> Any:
     return _KINDS[fields](*arrays)
 
 
-def _kind(*fields: str) -> Any:
-    kind: Any = namedtuple("Attention", fields)
-    # Several kinds share the one name, by which pickle could not find them.
-    kind.__reduce__ = lambda self: (_named, (fields, tuple(self)))
-    return kind
+def _reduced(result: Any) -> tuple[Any, ...]:
+    """Return how pickle makes the result again; by their one name it could not tell the kinds apart."""
+    return _named, (result._fields, tuple(result))
 
 
-_KINDS = {fields: _kind(*fields) for fields in (("out", "lse"), ("out", "weights"), ("out", "lse", "weights"))}
+_KINDS: dict[tuple[str, ...], Any] = {
+    ("out", "lse"): namedtuple("Attention", ("out", "lse")),
+    ("out", "weights"): namedtuple("Attention", ("out", "weights")),
+    ("out", "lse", "weights"): namedtuple("Attention", ("out", "lse", "weights")),
+}
+for _kind in _KINDS.values():
+    _kind.__reduce__ = _reduced
