@@ -180,6 +180,31 @@ def test_a_rule_and_its_array_over_several_tiles(dtype):
     assert_same(found, an.attention(q, k, v, mask=mask, query_offset=1300, return_lse=True))
 
 
+SHORT_STRETCHES = {
+    "neighbors above": an.Neighborhood((9, 5), (5, 1)),
+    "more neighbors above": an.Neighborhood((26, 11), (15, 1)),
+    "dilated neighbors": an.Neighborhood((15, 20), (3, 5), (5, 4)),
+    "neighbors in a volume": an.Neighborhood((6, 7, 8), (3, 1, 2)),
+    "the diagonal": an.SlidingWindow(0, 0),
+    "a few": an.SlidingWindow(3, -1) & an.SlidingWindow(-1, 2),
+    "every third": an.CustomMask(lambda b, h, i, j, p: (i - j) % p[0] == 0, (3,)),
+    "two diagonals": an.CustomMask(lambda b, h, i, j, p: abs(i - j) == p[0], (40,)),
+    "pairs": an.Causal() & an.CustomMask(lambda b, h, i, j, p: (j // 2 + i) % p[0] == 0, (5,)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHORT_STRETCHES)
+def test_short_stretches_of_keys(name, dtype):
+    """Rows that see single keys here and there, some of them neighbors of those that the next row sees."""
+    mask = SHORT_STRETCHES[name]
+    size = int(np.prod(getattr(mask, "shape", 300)))
+    q, k, v = arrays(M=size, N=size, D=16, E=32, dtype=dtype)
+    array = an.mask_array(mask, (2, 4, size, size))
+    found = an.attention(q, k, v, mask=mask, **ASKED)
+    assert_same(found, an.attention(q, k, v, mask=array, **ASKED))
+
+
 # --- memory ---
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from attn_numba.cpu.dropout import dropout_parameters, emit_dropout
 from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_runs, emit_tile, settled, structure, words
+from attn_numba.cpu.tiles import DEPTH_CHAIN
 from attn_numba.cpu.vectors import DOUBLE, FLOAT
 from attn_numba.problem import Problem, is_light
 from attn_numba.rules import SYMBOLS, MaskFormula
@@ -88,7 +89,12 @@ def _bind(problem: Problem) -> Bound:
 def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
     """Return first and end of the stretches of keys that a query sees, where they alone say what is allowed."""
     mask = problem.mask
-    if mask is None or not 0 < mask.run_count <= MOST_RUNS or any(m.excludes is not None for m in problem.modifiers):
+    if (
+        mask is None
+        or problem.sizes.D > DEPTH_CHAIN
+        or not 0 < mask.run_count <= MOST_RUNS
+        or any(m.excludes is not None for m in problem.modifiers)
+    ):
         return None
     p = binder.bind(mask.arguments(problem.sizes))
     first, end = mask.run(SYMBOLS.b, SYMBOLS.h, SYMBOLS.i if mask.positional else SYMBOLS.row_i, symbol("n"), p)

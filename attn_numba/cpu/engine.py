@@ -188,4 +188,4 @@ def _sink(problem: Problem) -> np.ndarray | None:
     if problem.normalizer.sink is None:
         return None
     sink = problem.normalizer.sink_array(problem.sizes)
-    return np.ascontiguousarray(sink / np.log(2.0), problem.accumulator)
+    return np.ascontiguousarray(sink / np.log(2.0), np.float64)

@@ -29,7 +29,6 @@ from attn_numba.cpu.tiles import (
     accumulator,
     call_edit,
     claim,
-    exp2_number,
     is_pairs,
     load_byte,
     load_number,
@@ -71,29 +70,29 @@ def _finish(call, space, b, h, i0, g, rows, unit):
     """Add the sink, divide by the total, write the result rows and their lse; leave 1 / total for the weights."""
     number = accumulator(unit)
     word = word_bytes(unit)
+    wide = np.float64(0.0)
+    sink = -np.inf
+    if call.sink:
+        sink = load_number(wide, call.sink + (b * call.H + h) * 8)
     for r in range(rows):
         state = (g * call.state_rows + r) * word
-        largest = load_number(number, space + call.largest_at + state)
-        total = load_number(number, space + call.total_at + state)
-        shrink = type(number)(1.0)
-        if call.sink:
-            sink = load_number(number, call.sink + (b * call.H + h) * word)
-            if sink > -np.inf:
-                new = max(largest, sink)
-                shrink = exp2_number(number, largest - new)
-                total = total * shrink + exp2_number(number, sink - new)
-                largest = new
-        inverse = type(number)(0.0)
-        if total != 0.0:
-            inverse = shrink / total
+        largest = np.float64(load_number(number, space + call.largest_at + state)) * call.factor
+        total = np.float64(load_number(number, space + call.total_at + state))
+        shrink = 1.0
+        if (
+            sink > -np.inf
+        ):  # in double precision: a sink may lie far above the scores, where float32 has few digits left
+            new = max(largest, sink)
+            shrink = np.exp2(largest - new)
+            total = total * shrink + np.exp2(sink - new)
+            largest = new
+        inverse = shrink / total if total != 0.0 else 0.0
         out = call.out + b * call.out_b + h * call.out_h + (i0 + r) * call.out_i
         source = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
         write_row(out, call.out_e, source, call.E, inverse, call, number)
         if call.lse:
-            value = type(number)(-np.inf)
-            if total != 0.0:
-                value = (largest + np.log2(total)) * type(number)(LN2)
-            store_number(number, call.lse + ((b * call.H + h) * call.M + i0 + r) * word, value)
+            lse = (largest + np.log2(total)) * LN2 if total != 0.0 else -np.inf
+            store_number(number, call.lse + ((b * call.H + h) * call.M + i0 + r) * word, lse)
         store_number(number, space + call.total_at + state, inverse)
 
 

@@ -9,6 +9,7 @@ from attn_numba.cpu.rows import clear, compiled, read_row
 from attn_numba.cpu.strips import strip_values
 from attn_numba.cpu.tiles import (
     CHAIN_VECTORS,
+    DEPTH_CHAIN,
     TILE_ROWS,
     VECTORS,
     accumulator,
@@ -81,32 +82,64 @@ def _chain_end(runs, n, count, chain):
 
 
 @compiled
+def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit):
+    """C += A @ B over a list of stretches of the depth, for all rows and one to three vectors of columns; row lengths in words."""
+    word = word_bytes(unit)
+    tiled = _tiled_rows(rows)
+    for r in range(0, tiled, TILE_ROWS):
+        left, to = a + r * a_row * word, c + r * c_row * word
+        if vectors == 3:
+            value_tile_3(unit, left, a_row, b, b_row, to, c_row, runs, count)
+        elif vectors == 2:
+            value_tile_2(unit, left, a_row, b, b_row, to, c_row, runs, count)
+        else:
+            value_tile_1(unit, left, a_row, b, b_row, to, c_row, runs, count)
+    for r in range(tiled, rows):
+        left, to = a + r * a_row * word, c + r * c_row * word
+        if vectors == 3:
+            value_row_3(unit, left, a_row, b, b_row, to, c_row, runs, count)
+        elif vectors == 2:
+            value_row_2(unit, left, a_row, b, b_row, to, c_row, runs, count)
+        else:
+            value_row_1(unit, left, a_row, b, b_row, to, c_row, runs, count)
+
+
+@compiled
 def _products(call, space, queries, first, end, rows, unit):
-    """Fill columns `first` to `end` (whole vectors) of the strip with q . k, three vectors at a time, two or one at the end."""
+    """Fill columns `first` to `end` (whole vectors) of the strip with q . k, three vectors at a time, two or one at the end.
+
+    A long head is summed in chains of `DEPTH_CHAIN` words, so that it gathers no rounding errors.
+    """
     lanes, word = vector_length(unit), word_bytes(unit)
     length, depth, keys_row = call.strip_row, call.depth, call.keys_row
+    chain = min(depth, DEPTH_CHAIN)
     tiled = _tiled_rows(rows)
     for column in range(first, end, VECTORS * lanes):
         packed = space + call.keys_at + column * word
         strip = space + call.scores_at + column * word
-        left = min((end - column + lanes - 1) // lanes, VECTORS)
+        vectors = min((end - column + lanes - 1) // lanes, VECTORS)
         for r in range(0, tiled, TILE_ROWS):
             a, to = queries + r * depth * word, strip + r * length * word
-            if left == 3:
-                score_tile_3(unit, a, depth, packed, keys_row, to, length, depth)
-            elif left == 2:
-                score_tile_2(unit, a, depth, packed, keys_row, to, length, depth)
+            if vectors == 3:
+                score_tile_3(unit, a, depth, packed, keys_row, to, length, chain)
+            elif vectors == 2:
+                score_tile_2(unit, a, depth, packed, keys_row, to, length, chain)
             else:
-                score_tile_1(unit, a, depth, packed, keys_row, to, length, depth)
+                score_tile_1(unit, a, depth, packed, keys_row, to, length, chain)
         for r in range(tiled, rows):
             a, to = queries + r * depth * word, strip + r * length * word
-            if left == 3:
-                score_row_3(unit, a, depth, packed, keys_row, to, length, depth)
+            if vectors == 3:
+                score_row_3(unit, a, depth, packed, keys_row, to, length, chain)
             else:
-                for n in range(left):
-                    score_row_1(
-                        unit, a, depth, packed + n * lanes * word, keys_row, to + n * lanes * word, length, depth
-                    )
+                for n in range(vectors):
+                    at = n * lanes * word
+                    score_row_1(unit, a, depth, packed + at, keys_row, to + at, length, chain)
+        for d in range(chain, depth, chain):
+            stretch = space + call.sums_at
+            store_int32(stretch, 0)
+            store_int32(stretch + 4, min(chain, depth - d) * (2 if is_pairs(unit) else 1))
+            b = packed + d * keys_row * word
+            _add_products(queries + d * word, depth, b, keys_row, strip, length, rows, vectors, stretch, 1, unit)
 
 
 @compiled
@@ -215,7 +248,6 @@ def weighted_values(call, space, values, runs, count, local, rows, j0, special, 
         )
         return
     width = call.value_width
-    tiled = _tiled_rows(rows)
     e = 0
     while e < width:
         left = (width - e) // lanes
@@ -226,22 +258,7 @@ def weighted_values(call, space, values, runs, count, local, rows, j0, special, 
         while n < count:
             end = _chain_end(runs, n, count, CHAIN_VECTORS * lanes)
             at = runs + 8 * n
-            for r in range(0, tiled, TILE_ROWS):
-                a, to = weights + r * weights_row * word, c + r * width * word
-                if vectors == 3:
-                    value_tile_3(unit, a, weights_row, b, values_row, to, width, at, end - n)
-                elif vectors == 2:
-                    value_tile_2(unit, a, weights_row, b, values_row, to, width, at, end - n)
-                else:
-                    value_tile_1(unit, a, weights_row, b, values_row, to, width, at, end - n)
-            for r in range(tiled, rows):
-                a, to = weights + r * weights_row * word, c + r * width * word
-                if vectors == 3:
-                    value_row_3(unit, a, weights_row, b, values_row, to, width, at, end - n)
-                elif vectors == 2:
-                    value_row_2(unit, a, weights_row, b, values_row, to, width, at, end - n)
-                else:
-                    value_row_1(unit, a, weights_row, b, values_row, to, width, at, end - n)
+            _add_products(weights, weights_row, b, values_row, c, width, rows, vectors, at, end - n, unit)
             n = end
         e += vectors * lanes
 

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     out_e: int
     lse: int  # 0: not asked for
     weights: int  # 0: not asked for
-    sink: int  # accumulators (B, H), in units of log2; 0: none
+    sink: int  # float64 (B, H), in units of log2; 0: none
     kind: int  # how q, k, v and out are stored: SAME, HALF_FLOAT, BRAIN_FLOAT
     itemsize: int
     tile_hook: int  # 0: every tile is ALL
@@ -77,8 +77,8 @@ class Call(NamedTuple):
     values_in_place: int  # whether V is read where it lies
     q_at: int
     out_at: int
-    largest_at: int  # per row: the largest score so far, times factor
-    total_at: int  # per row: the sum of weights so far, in units of 2**largest
+    largest_at: int  # per row: the largest score so far
+    total_at: int  # per row: the sum of weights so far, in units of 2**(largest * factor)
     rows_at: int  # four numbers per row of a group: largest of the tile, shift, shrinkage, sum of the tile
     scores_at: int
     pairs_at: int  # weights as bfloat16, if operands are pairs

@@ -25,6 +25,7 @@ from attn_numba.cpu.vectors import DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, L
 CHAIN_VECTORS = (
     12  # keys (in vectors) whose weighted values are one chain of sums; longer chains would gather rounding errors
 )
+DEPTH_CHAIN = 256  # words of a head in one chain of sums, for the same reason
 VECTORS = 3  # vectors in a register tile's row; rows x 3 accumulators, 3 operands and a broadcast fit the register file
 TILE_ROWS = target().tile_rows
 BF16_DOT = {64: "llvm.x86.avx512bf16.dpbf16ps.512"}
@@ -208,14 +209,14 @@ def _weights(count: int):
 
     def emit(v: Vectors, unit, row, weights, sums, columns, factor, shift):
         builder = v.builder
-        factors, shifts = v.splat(factor), v.splat(builder.fneg(shift))
+        factors, shifts = v.splat(factor), v.splat(shift)
         step = v.lanes * v.bytes
         loop = Loop(builder, columns, count * v.lanes, [v.load(sums, n * step) for n in range(count)])
         at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
         to = builder.add(weights, builder.mul(loop.index, ir.Constant(I64, 2 if unit == types.int32 else v.bytes)))
         new = []
         for n in range(count):
-            weight = v.exp2_nonpositive(v.fma(v.load(at, n * step), factors, shifts))
+            weight = v.exp2_nonpositive(builder.fmul(builder.fsub(v.load(at, n * step), shifts), factors))
             new.append(builder.fadd(loop.values[n], weight))
             if unit == types.int32:
                 brain = builder.fptrunc(weight, ir.VectorType(BFloat(), v.lanes))
@@ -231,7 +232,7 @@ def _weights(count: int):
 def _normalized(v: Vectors, unit, row, to, count, factor, shift, inverse):
     builder = v.builder
     score = v.load(row)
-    weight = v.exp2_nonpositive(v.fma(score, v.splat(factor), v.splat(builder.fneg(shift))))
+    weight = v.exp2_nonpositive(builder.fmul(builder.fsub(score, v.splat(shift)), v.splat(factor)))
     weight = builder.fmul(weight, v.splat(inverse))
     excluded = builder.fcmp_ordered("==", score, v.constant(-math.inf))
     v.store_first(builder.select(excluded, v.constant(0.0), weight), to, count)
@@ -277,11 +278,11 @@ def _advance_rows(v: Vectors, unit, tops, largest, shifts, shrinks, rows, factor
     loop = Loop(builder, rows, v.lanes, [])
     offset = builder.mul(loop.index, ir.Constant(I64, v.bytes))
     old = v.load(largest, offset)
-    new = v.larger(builder.fmul(v.load(tops, offset), v.splat(factor)), old)
+    new = v.larger(v.load(tops, offset), old)
     shift = builder.select(builder.fcmp_ordered(">", new, v.constant(-math.inf)), new, v.constant(0.0))
     v.store(new, largest, offset)
     v.store(shift, shifts, offset)
-    v.store(v.exp2_nonpositive(builder.fsub(old, shift)), shrinks, offset)
+    v.store(v.exp2_nonpositive(builder.fmul(builder.fsub(old, shift), v.splat(factor))), shrinks, offset)
     loop.close([])
 
 
@@ -304,7 +305,7 @@ keep_first = _define(3, _keep_first, tail=(0,))
 put_first = _define(3, lambda v, unit, to, source, count: v.store_first(v.load(source), to, count))
 # largest number of a row of scores (whole vectors) and `start`; NaN is passed over
 row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
-# weights[j] = 2**(row[j] * factor - shift), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
+# weights[j] = 2**((row[j] - shift) * factor), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
 # The first takes whole triples of vectors, the second one vector.
 triples_to_weights, vector_to_weights = (_define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
 # the first `count` weights of a vector of scores, normalized; exactly 0 where the score is minus infinity
@@ -319,7 +320,6 @@ row_fill = _define(2, _row_fill, tail=(0,))
 advance_rows = _define(5, _advance_rows, tail=(0,))
 # total[r] = total[r] * shrink[r] + added[r]
 gather_totals = _define(4, _gather_totals)
-exp2_number = _define(0, lambda v, unit, x: v.exp2_nonpositive(x), _accumulator, tail=(0,))
 
 
 # -- Rows of numbers: conversion, transposition, inspection ------------------------------------------------------------------

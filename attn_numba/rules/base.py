@@ -130,7 +130,10 @@ class Mask(Rule):
 
     def evaluate(self, places: Places, sizes: Sizes) -> AnyArray:
         """Return whether each place is allowed: a boolean array that broadcasts to (B, H, M, N)."""
-        return np.asarray(self.allowed(*self._at(places), self.arguments(sizes)))
+        p = tuple(
+            x if isinstance(x, np.ndarray) else np.asarray(x)[()] for x in self.arguments(sizes)
+        )  # ~ of NumPy's truth
+        return np.asarray(self.allowed(*self._at(places), p))
 
     def formula(self, places: Places, sizes: Sizes, binder: Binder) -> MaskFormula:
         """Return the mask's formulas; its parameters are appended to `binder`."""

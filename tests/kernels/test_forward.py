@@ -113,3 +113,16 @@ def test_equal_scores_give_the_mean(dtype, backend):
     found = an.attention(q, k, v, backend=backend, return_lse=True)
     np.testing.assert_array_equal(found.out.astype(float), np.full((3, 1), 3.5))
     np.testing.assert_allclose(found.lse, np.log(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [3, 7])
+def test_a_parameter_compared_and_negated(limit, backend):
+    """What a rule makes of its numbers alone is a truth value too, not a Python bool whose ~ is an integer."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, 20, 8)) for _ in range(3))
+    mask = an.CustomMask(lambda b, h, i, j, p: ~(p[0] >= 5) & (j <= i), (limit,))
+    found = an.attention(q, k, v, mask=mask, backend=backend)
+    expected = an.attention(q, k, v, mask=an.Causal(), backend=backend) if limit < 5 else np.zeros_like(found)
+    np.testing.assert_array_equal(found, expected)
+    assert an.mask_array(mask, (1, 1, 20, 20)).dtype == bool
+    assert an.mask_array(mask, (1, 1, 20, 20)).sum() == (210 if limit < 5 else 0)
