@@ -21,9 +21,9 @@ import numpy as np
 
 from attn_numba.api import attention, backends
 from attn_numba.comparison import largest_difference
-from attn_numba.problem import check_offsets
 from attn_numba.reference import attention as reference_attention
 from attn_numba.rules import SYMBOLS, Mask, Modifier, Places, Sizes, as_mask, as_modifiers, places_of
+from attn_numba.rules.arguments import check_offsets
 from attn_numba.rules.base import Rule
 from attn_numba.rules.data import AnyArray
 from attn_numba.rules.formula import Binder, evaluate, symbol

@@ -18,8 +18,8 @@ from attn_numba.problem import Problem
 from attn_numba.rules import Sizes
 
 GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
-STRIP_BLOCK_ROWS = 384  # the same for strips, whose rows do little with each key
-BLOCK_ROWS = 192  # rows of an item, which share the packed keys
+
+BLOCK_ROWS = 512  # rows of an item, which share the packed keys
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
@@ -108,7 +108,7 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
     pieces_row = 8 * (1 + tile // lanes + run_count) if run_count else 0
 
     group = M if M <= 2 and not run_count else min(GROUP_ROWS, _up(M, max(TILE_ROWS, STRIP_ROWS)))
-    rows = _block_rows(B * Hk, H // Hk, M, group, most_threads, STRIP_BLOCK_ROWS if run_count else BLOCK_ROWS)
+    rows = _block_rows(B * Hk, H // Hk, M, group, most_threads)
     blocks = -(-M // rows)
     served = H // Hk
     set_heads = max(1, min(served, rows // _up(M, group))) if blocks == 1 else 1
@@ -176,9 +176,9 @@ def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call,
     return call, found.threads, [workspace, sink, bound]
 
 
-def _block_rows(key_heads: int, served: int, M: int, group: int, threads: int, most: int) -> int:
+def _block_rows(key_heads: int, served: int, M: int, group: int, threads: int) -> int:
     """Rows of an item: many, to share the packed keys, but enough items to go round."""
-    rows = _up(min(M, most), group)
+    rows = _up(min(M, BLOCK_ROWS), group)
     while rows > group and key_heads * served * -(-M // rows) < 4 * threads:
         rows = max(group, rows // 2 // group * group)
     return rows
