@@ -22,16 +22,15 @@ from attn_numba.rules.formula import Binder, Node, cast, lift, symbol
 KEPT = 64  # bound rules kept for calls that repeat; each holds the arrays of its rules
 
 
+HOOKS = ("tile", "edit", "modify", "dropout", "runs")  # in the order of `Call`
+
+
 class Bound(NamedTuple):
     """What a kernel needs of a call's rules. Addresses are 0 where there is nothing to do."""
 
-    tile: int
-    edit: int
-    modify: int
-    dropout: int
-    runs: int
+    hooks: tuple[int, ...]  # those of HOOKS
     run_count: int  # stretches of keys that each query sees; 0 where the tile hook says what is seen
-    parameters: np.ndarray
+    address: int  # of the block of parameters
     factor: float  # what scores are multiplied by on their way into 2**x
     keep: tuple  # arrays the block points into, and the rules
 
@@ -44,7 +43,7 @@ _lock = threading.Lock()
 def bind(problem: Problem) -> Bound:
     """Return the bound rules of a call, from memory if a like call was bound before."""
     if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale > 0:
-        return Bound(0, 0, 0, 0, 0, 0, _NOTHING, problem.scale / math.log(2), ())
+        return Bound(_NO_HOOKS, 0, 0, problem.scale / math.log(2), ())
     key = problem.key or problem.scale
     with _lock:
         found = _bound.get(key)
@@ -60,7 +59,7 @@ def bind(problem: Problem) -> Bound:
 
 
 MOST_RUNS = 512
-_NOTHING = np.zeros(1, np.int64)
+_NO_HOOKS = (0,) * len(HOOKS)
 
 
 def _bind(problem: Problem) -> Bound:
@@ -81,9 +80,10 @@ def _bind(problem: Problem) -> Bound:
         _compiled[key] = _compile(number, params, mask, score, runs, first_drop if drops else None)
     hooks = _compiled[key]
     factor = 1 / math.log(2) if score is not None else problem.scale / math.log(2)
-    keep = (params, problem.mask, problem.modifiers, problem.dropout)
-    addresses = (hooks.get(name, 0) for name in ("tile", "edit", "modify", "dropout", "runs"))
-    return Bound(*addresses, 0 if runs is None else problem.mask.run_count, words(params), factor, keep)
+    block = words(params)
+    keep = (block, params, problem.mask, problem.modifiers, problem.dropout)
+    addresses = tuple(hooks.get(name, 0) for name in HOOKS)
+    return Bound(addresses, 0 if runs is None else problem.mask.run_count, block.ctypes.data, factor, keep)
 
 
 def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:

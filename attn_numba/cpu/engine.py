@@ -10,7 +10,7 @@ import numpy as np
 from attn_numba.cpu import forward
 from attn_numba.cpu.binding import bind
 from attn_numba.cpu.launch import compile_worker, run
-from attn_numba.cpu.state import Call
+from attn_numba.cpu.state import Call, Layout, state_of
 from attn_numba.cpu.target import target
 from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, HALF_FLOAT, SAME, STRIP_ROWS, TILE_ROWS, VECTORS
 from attn_numba.parallel import thread_count
@@ -76,10 +76,17 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
         return
     bound = bind(problem)
     unit = unit_of(problem.dtype, problem.dropout is not None)
-    call, threads, keep = _plan(problem, unit, bound, out, lse, weights)
-    state = call.pack()
-    run(compile_worker(unit.worker), _address(state), threads)
-    del keep
+    most_threads = thread_count()[0] if _multiply_adds(problem.sizes) > SMALL else 1
+    plan = plan_of(unit, problem.sizes, most_threads, _in_place(problem, unit), bound.run_count)
+    workspace = np.empty(plan.layout.workspace_bytes * plan.threads + 64, np.uint8)
+    sink = _sink(problem)
+    q, k, v = problem.q, problem.k, problem.v
+    call = Call(
+        bound.factor, _up(_address(workspace), 64), _address(q), *q.strides, _address(k), *k.strides, _address(v), *v.strides,
+        _address(out), *out.strides, _address(lse), _address(weights), _address(sink), *bound.hooks, bound.address,
+    )  # fmt: skip
+    state = state_of(call, plan.layout)
+    run(compile_worker(unit.worker), _address(state), plan.threads)
 
 
 def prepare(dtype: str) -> None:
@@ -87,23 +94,31 @@ def prepare(dtype: str) -> None:
     compile_worker(unit_of(dtype, False).worker)
 
 
-class Layout(NamedTuple):
+def _multiply_adds(s: Sizes) -> int:
+    return s.B * s.H * s.M * s.N * (s.D + s.E)
+
+
+def _in_place(problem: Problem, unit: Unit) -> bool:
+    """Whether register tiles can read V where it lies."""
+    step, beside = problem.v.strides[2:]
+    return unit.kind == SAME and beside == unit.word and problem.sizes.E % unit.lanes == 0 and step % unit.word == 0
+
+
+class Plan(NamedTuple):
     """Tiles, items and workspace of a call: what follows from its sizes alone."""
 
     threads: int
-    bytes: int  # of one worker's workspace
-    fields: dict[str, int]  # those of `Call`
+    layout: Layout
 
 
 @functools.lru_cache(maxsize=256)
-def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Layout:
-    """Return the layout of a call on at most so many threads, whose rows see `run_count` stretches of keys each (0: not known)."""
+def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Plan:
+    """Return the plan of a call on at most so many threads, whose rows see `run_count` stretches of keys each (0: not known)."""
     B, H, Hk, M, N, D, E = sizes
     lanes, word = unit.lanes, unit.word
     depth = (D + 1) // 2 if unit.pairs else D
     padded, width = _up(depth, lanes), _up(E, lanes)
     tile = key_tile(unit, padded, width)
-    strip = tile + VECTORS * lanes
     spans_row = 8 * (1 + run_count + tile // (CHAIN_VECTORS * lanes))
     pieces_row = 8 * (1 + tile // lanes + run_count) if run_count else 0
 
@@ -119,9 +134,9 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
     state_rows = _up(group, lanes)
     states = local // group * state_rows
     columns = min(tile, _up(N, lanes))
-    keys_row = columns + lanes * (
-        1 - columns // lanes % 2
-    )  # an odd number of vectors: rows fall into different cache sets
+    # Rows of whole vectors, an odd number of them, fall into different cache sets.
+    strip = columns + (VECTORS + (columns // lanes + VECTORS + 1) % 2) * lanes
+    keys_row = columns + lanes * (1 - columns // lanes % 2)
     scratch_row = max(padded, 2 * _up(width, 2 * lanes))
     parts = {
         "q_at": local * depth * word, "out_at": local * width * word, "largest_at": states * word, "total_at": states * word,
@@ -146,34 +161,11 @@ def layout(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_coun
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip
-    return Layout(max(1, min(most_threads, items)), size, found | sizes._asdict())
+    return Plan(max(1, min(most_threads, items)), Layout(**found, **sizes._asdict()))
 
 
 def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
-
-
-def _plan(problem: Problem, unit: Unit, bound, out, lse, weights) -> tuple[Call, int, list]:
-    q, k, v = problem.q, problem.k, problem.v
-    s = problem.sizes
-    most_threads = thread_count()[0] if s.B * s.H * s.M * s.N * (s.D + s.E) > SMALL else 1
-    in_place = (
-        unit.kind == SAME and v.strides[3] == unit.word and s.E % unit.lanes == 0 and v.strides[2] % unit.word == 0
-    )
-    found = layout(unit, s, most_threads, in_place, bound.run_count)
-    workspace = np.empty(found.bytes * found.threads + 64, np.uint8)
-    sink = _sink(problem)
-    call = Call(
-        workspace=_up(_address(workspace), 64),
-        q=_address(q), q_b=q.strides[0], q_h=q.strides[1], q_i=q.strides[2], q_d=q.strides[3],
-        k=_address(k), k_b=k.strides[0], k_h=k.strides[1], k_j=k.strides[2], k_d=k.strides[3],
-        v=_address(v), v_b=v.strides[0], v_h=v.strides[1], v_j=v.strides[2], v_e=v.strides[3],
-        out=_address(out), out_b=out.strides[0], out_h=out.strides[1], out_i=out.strides[2], out_e=out.strides[3],
-        lse=_address(lse), weights=_address(weights), sink=_address(sink), tile_hook=bound.tile, edit_hook=bound.edit,
-        modify_hook=bound.modify, dropout_hook=bound.dropout, runs_hook=bound.runs, parameters=_address(bound.parameters), factor=bound.factor,
-        **found.fields,
-    )  # fmt: skip
-    return call, found.threads, [workspace, sink, bound]
 
 
 def _block_rows(key_heads: int, served: int, M: int, group: int, threads: int) -> int:

@@ -15,21 +15,10 @@ COUNTER_WORDS = 16
 
 
 class Call(NamedTuple):
-    """Everything a forward worker reads.
+    """What differs from call to call. Addresses and strides in bytes."""
 
-    Addresses and strides are in bytes; `*_at` are offsets into a worker's own workspace.
-    """
-
-    items: int  # (sequence, key head, set of query heads, block of query rows); the last block of rows comes first
+    factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale
     workspace: int  # worker n owns workspace + n * workspace_bytes
-    workspace_bytes: int
-    B: int
-    H: int
-    Hk: int
-    M: int
-    N: int
-    D: int
-    E: int
     q: int
     q_b: int
     q_h: int
@@ -53,15 +42,29 @@ class Call(NamedTuple):
     lse: int  # 0: not asked for
     weights: int  # 0: not asked for
     sink: int  # float64 (B, H), in units of log2; 0: none
-    kind: int  # how q, k, v and out are stored: SAME, HALF_FLOAT, BRAIN_FLOAT
-    itemsize: int
     tile_hook: int  # 0: every tile is ALL
     edit_hook: int  # scale, modifiers and mask, for SOME tiles; 0: nothing to do
     modify_hook: int  # scale and modifiers, for ALL tiles; 0: nothing to do
     dropout_hook: int  # 0: none
     runs_hook: int  # lists the stretches of keys that a query sees; 0: the tile hook says what is seen
-    run_count: int
     parameters: int
+
+
+class Layout(NamedTuple):
+    """What follows from the sizes of a call. `*_at` are offsets in bytes into a worker's own workspace."""
+
+    items: int  # (sequence, key head, set of query heads, block of query rows); the last block of rows comes first
+    workspace_bytes: int
+    B: int
+    H: int
+    Hk: int
+    M: int
+    N: int
+    D: int
+    E: int
+    kind: int  # how q, k, v and out are stored: SAME, HALF_FLOAT, BRAIN_FLOAT
+    itemsize: int
+    run_count: int
     head_sets: int  # sets of query heads that one key head serves
     set_heads: int  # query heads in a set; more than 1 only where a head has few rows
     blocks: int  # blocks of query rows in a head
@@ -97,22 +100,21 @@ class Call(NamedTuple):
     kept_at: int  # the scores that the rows of a group see, side by side
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
-    factor: float  # log2(e) times the scale, or log2(e) where the hooks apply the scale
-
-    def pack(self) -> np.ndarray:
-        """Return the state block: the counter at 0, then this record."""
-        state = np.zeros(COUNTER_WORDS + len(self), np.int64)
-        state[COUNTER_WORDS:] = np.frombuffer(_PACKED.pack(*self), np.int64)
-        return state
 
 
-_PACKED = struct.Struct(f"{len(Call._fields) - 1}qd")
-_RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int64) for name in Call._fields]))
+def state_of(call: Call, layout: Layout) -> np.ndarray:
+    """Return the state block of a call: the counter at 0, then both records."""
+    return np.frombuffer(bytearray(_PACKED.pack(*call, *layout)), np.int64)
+
+
+_FIELDS = Call._fields + Layout._fields
+_PACKED = struct.Struct(f"{8 * COUNTER_WORDS}xd{len(_FIELDS) - 1}q")
+_RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int64) for name in _FIELDS]))
 
 
 @intrinsic
 def call_of(typingctx, state):
-    """Return the `Call` record of the state block at an address."""
+    """Return the record of the state block at an address: all fields of `Call` and of `Layout`."""
 
     def codegen(context, builder, signature, args):
         start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))
