@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import threading
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -38,6 +39,8 @@ class Bound(NamedTuple):
 _bound: collections.OrderedDict[Hashable, Bound] = collections.OrderedDict()
 _compiled: dict[tuple, dict[str, int]] = {}
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # else a forked child may find it held by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def bind(problem: Problem) -> Bound:
@@ -64,9 +67,8 @@ _NO_HOOKS = (0,) * len(HOOKS)
 
 def _bind(problem: Problem) -> Bound:
     sizes, binder = problem.sizes, Binder()
-    binder.bind(
-        tuple(np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in (problem.query_offset, problem.key_offset))
-    )
+    offsets = (problem.query_offset, problem.key_offset)  # not bound, for binding one array twice binds it once
+    binder.params += [np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in offsets]
     mask, score = _formulas(problem, binder)
     runs = _runs(problem, binder)
     drops = problem.dropout is not None and problem.dropout.rate > 0

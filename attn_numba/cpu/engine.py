@@ -23,7 +23,7 @@ BLOCK_ROWS = 512  # rows of an item, which share the packed keys
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
-SMALL = 2_000_000  # multiply-adds below which a second thread costs more than it gives
+SMALL = 4_000_000  # multiply-adds below which a second thread costs more than it gives
 
 
 class Unit(NamedTuple):
@@ -86,7 +86,8 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
         _address(out), *out.strides, _address(lse), _address(weights), _address(sink), *bound.hooks, bound.address,
     )  # fmt: skip
     state = state_of(call, plan.layout)
-    run(compile_worker(unit.worker), _address(state), plan.threads)
+    keep = (state, workspace, sink, bound, q, k, v, out, lse, weights)
+    run(compile_worker(unit.worker), _address(state), plan.threads, keep)
 
 
 def prepare(dtype: str) -> None:

@@ -106,7 +106,7 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
         state = (g * call.state_rows + r) * word
         largest = load_number(number, space + call.largest_at + state)
         inverse = load_number(number, space + call.total_at + state)
-        if largest == -np.inf:
+        if inverse == 0.0:
             continue
         to = call.weights + (((b * call.H + h) * call.M + i0 + r) * call.N + j0) * word
         row = space + call.scores_at + r * call.strip_row * word
@@ -149,7 +149,7 @@ def _attend(call, space, item, unit):
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
             vectors = (j1 - j0 + lanes - 1) // lanes
             if call.runs_hook:
-                stretches = list_spans(call, space, kinds, g, rows, j0, j1, lanes)
+                stretches = list_spans(call, space, kinds, g, rows, j0, j1, lanes, 1 + is_pairs(unit))
                 if not stretches:
                     continue
                 strip_products(call, space, queries, kinds, stretches, b, h, i0, rows, j0, j1, unit)
@@ -195,7 +195,7 @@ def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end,
             kinds, runs = space + call.kinds_at + g * most, space + call.runs_at
             queries = space + call.q_at + local * call.depth * word_bytes(unit)
             if call.runs_hook:
-                count = list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit))
+                count = list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit), 1 + is_pairs(unit))
                 if not count:
                     continue
                 strip_products(call, space, queries, kinds, count, b, h, i0, rows, j0, j1, unit)

@@ -91,10 +91,13 @@ _keep: list[object] = []  # compiled workers must outlive their addresses
 class _Ticket:
     """One worker of one launch: whoever takes it first, a helper or the launch itself, decides whether it runs."""
 
-    __slots__ = ("done", "number", "state", "taken", "work")
+    __slots__ = ("done", "keep", "number", "state", "taken", "work")
 
-    def __init__(self, work: Callable[[int, int], None], state: int, number: int) -> None:
+    def __init__(self, work: Callable[[int, int], None], state: int, number: int, keep: object) -> None:
         self.work, self.state, self.number = work, state, number
+        self.keep = (
+            keep  # the memory that the worker uses lives as long as the ticket, also if the launch is interrupted
+        )
         self.taken, self.done = threading.Lock(), threading.Lock()
         self.done.acquire()
 
@@ -144,18 +147,14 @@ def _callable(worker: int) -> Callable[[int, int], None]:
     return _call(worker)  # ctypes releases the interpreter's lock during the call
 
 
-def run(worker: int, state: int, count: int) -> None:
-    """Run `count` workers on the state, one of them in the calling thread; return when all items are done."""
+def run(worker: int, state: int, count: int, keep: object) -> None:
+    """Run `count` workers on the state, one of them in the calling thread; return when all items are done.
+
+    `keep` holds all memory that the workers use.
+    """
     work = _callable(worker)
-    tickets = [_hand_out(_Ticket(work, state, number)) for number in range(1, count)]
+    tickets = [_hand_out(_Ticket(work, state, number, keep)) for number in range(1, count)]
     work(state, 0)
-    interrupt = None
     for ticket in tickets:
-        while not ticket.taken.acquire(blocking=False):  # a helper has it: the state must live until it is done
-            try:
-                ticket.done.acquire()
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-    if interrupt is not None:
-        raise interrupt
+        if not ticket.taken.acquire(blocking=False):  # a helper has it
+            ticket.done.acquire()

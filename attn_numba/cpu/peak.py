@@ -62,7 +62,7 @@ def peak_rate(dtype: str, seconds: float = 0.2) -> float:
     def measure(turns: int) -> float:
         state = np.array([turns, *(x.ctypes.data for x in (a, b, c)), unit.lanes], np.int64)
         start = time.perf_counter()
-        run(address, state.ctypes.data, 1)
+        run(address, state.ctypes.data, 1, (state, a, b, c))
         return (time.perf_counter() - start) / turns
 
     turns = max(1, int(seconds / 10 / measure(1000)))

@@ -62,9 +62,10 @@ def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
 
 
 @compiled
-def list_spans(call, space, kinds, g, rows, j0, j1, lanes):
-    """For each strip of the group, list the stretches of the tile that its rows see together, ascending and apart; for each row, its
-    own pieces of at most a vector, as pairs (column, width). Mark the vectors they touch; return the most stretches of a strip.
+def list_spans(call, space, kinds, g, rows, j0, j1, lanes, at_once):
+    """For each strip of the group, list the stretches of the tile that its rows see together, ascending and apart, in
+    multiples of `at_once` keys; for each row, its own pieces of at most a vector, as pairs (column, width). Mark the
+    vectors they touch; return the most stretches of a strip.
     """
     hull = space + call.hulls_at + 8 * g
     if load_int32(hull) >= j1 or load_int32(hull + 4) <= j0:
@@ -73,12 +74,14 @@ def list_spans(call, space, kinds, g, rows, j0, j1, lanes):
         store_byte(kinds + n, NONE)
     most = 0
     for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
-        most = max(most, _list_strip(call, space, kinds, g, s, min(STRIP_ROWS, rows - s * STRIP_ROWS), j0, j1, lanes))
+        most = max(
+            most, _list_strip(call, space, kinds, g, s, min(STRIP_ROWS, rows - s * STRIP_ROWS), j0, j1, lanes, at_once)
+        )
     return most
 
 
 @compiled
-def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes):
+def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes, at_once):
     """Make the lists of strip `s`; the list of its stretches begins with their number, which is returned, and a zero. Stretches cross
     no chain of sums.
     """
@@ -107,7 +110,7 @@ def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes):
             if stop > one:
                 first, end = min(first, one), max(end, stop)
                 _add_pieces(pieces + r * call.pieces_row, one - j0, stop - j0, lanes)
-        first, end = max(first - j0, before), end - j0
+        first, end = max((first - j0) // at_once * at_once, before), rounded_up(end - j0, at_once)
         while first < end:
             stop = min(end, (first // chain + 1) * chain)
             count += 1

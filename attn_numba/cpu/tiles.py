@@ -330,7 +330,7 @@ def _widened(v: Vectors, bits: ir.Value, kind: int) -> ir.Value:
     builder = v.builder
     wide = isinstance(bits.type, ir.VectorType)
     floats, words = (v.vector, v.integers) if wide else (FLOAT, I32)
-    if kind == HALF_FLOAT:
+    if kind == HALF_FLOAT and target().half:  # elsewhere it is never called, and would need a library
         return builder.fpext(builder.bitcast(bits, ir.VectorType(HALF, v.lanes) if wide else HALF), floats)
     return builder.bitcast(builder.shl(builder.zext(bits, words), v.like_integer(bits, 16)), floats)
 
@@ -340,7 +340,7 @@ def _narrowed(v: Vectors, x: ir.Value, kind: int) -> ir.Value:
     builder = v.builder
     wide = isinstance(x.type, ir.VectorType)
     shorts, words = (ir.VectorType(I16, v.lanes), v.integers) if wide else (I16, I32)
-    if kind == HALF_FLOAT:
+    if kind == HALF_FLOAT and target().half:
         return builder.bitcast(builder.fptrunc(x, ir.VectorType(HALF, v.lanes) if wide else HALF), shorts)
     bits = builder.bitcast(x, words)
     odd = builder.and_(builder.lshr(bits, v.like_integer(x, 16)), v.like_integer(x, 1))
