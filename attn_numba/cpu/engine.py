@@ -39,7 +39,10 @@ class Unit(NamedTuple):
 
 @functools.cache
 def unit_of(dtype: str, exact_weights: bool) -> Unit:
-    """Return how to compute a dtype; `exact_weights`: weights may not be rounded to bfloat16 on their way to the values."""
+    """Return how to compute a dtype.
+
+    `exact_weights`: weights may not be rounded to bfloat16 on their way to the values.
+    """
     lanes = target().vector_bytes // 4
     if dtype == "float64":
         return Unit(forward.forward_float64, 8, lanes // 2, False, SAME, 8)
@@ -55,14 +58,19 @@ def _up(x: int, multiple: int) -> int:
 
 @functools.cache
 def key_tile(unit: Unit, depth: int, width: int) -> int:
-    """Return the keys of a tile. It fixes the order of sums: it depends on the unit and on D and E, and on nothing else."""
+    """Return the keys of a tile.
+
+    It fixes the order of sums: it depends on the unit and on D and E, and on nothing else.
+    """
     step = CHAIN_VECTORS * unit.lanes  # whole chains of sums, and whole blocks of dropout counters
     fitting = TILE_BYTES // (unit.word * (depth + width)) // step * step
     return min(max(fitting, step), 16 * VECTORS * unit.lanes)
 
 
 def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights: np.ndarray | None) -> None:
-    """Compute a call into `out` (B, H, M, E), `lse` (B, H, M) and `weights` (B, H, M, N, zeros on entry); the last two may be None.
+    """Compute a call into `out` (B, H, M, E), `lse` (B, H, M) and `weights` (B, H, M, N, zeros on entry).
+
+    The last two may be None.
 
     Every element of the results is written by one worker.
     """
@@ -82,7 +90,8 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     sink = _sink(problem)
     q, k, v = problem.q, problem.k, problem.v
     call = Call(
-        bound.factor, _up(_address(workspace), 64), _address(q), *q.strides, _address(k), *k.strides, _address(v), *v.strides,
+        bound.factor, _up(_address(workspace), 64),
+        _address(q), *q.strides, _address(k), *k.strides, _address(v), *v.strides,
         _address(out), *out.strides, _address(lse), _address(weights), _address(sink), *bound.hooks, bound.address,
     )  # fmt: skip
     state = state_of(call, plan.layout)
@@ -114,7 +123,10 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Plan:
-    """Return the plan of a call on at most so many threads, whose rows see `run_count` stretches of keys each (0: not known)."""
+    """Return the plan of a call on at most so many threads, whose rows see `run_count` stretches of keys each (0.
+
+    Not known).
+    """
     B, H, Hk, M, N, D, E = sizes
     lanes, word = unit.lanes, unit.word
     depth = (D + 1) // 2 if unit.pairs else D
@@ -140,14 +152,14 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
     keys_row = columns + lanes * (1 - columns // lanes % 2)
     scratch_row = max(padded, 2 * _up(width, 2 * lanes))
     parts = {
-        "q_at": local * depth * word, "out_at": local * width * word, "largest_at": states * word, "total_at": states * word,
-        "rows_at": 4 * state_rows * word,
+        "q_at": local * depth * word, "out_at": local * width * word,
+        "largest_at": states * word, "total_at": states * word, "rows_at": 4 * state_rows * word,
         "scores_at": group * strip * word, "pairs_at": group * strip * 2 if unit.pairs else 0,
-        "sums_at": VECTORS * lanes * word,
-        "scratch_at": lanes * scratch_row * word, "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
+        "sums_at": VECTORS * lanes * word, "scratch_at": lanes * scratch_row * word,
+        "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
         "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
-        "spans_at": group // STRIP_ROWS * spans_row, "row_runs_at": 8 * local * run_count, "hulls_at": 8 * (local // group),
-        "pieces_at": group * pieces_row,
+        "spans_at": group // STRIP_ROWS * spans_row, "row_runs_at": 8 * local * run_count,
+        "hulls_at": 8 * (local // group), "pieces_at": group * pieces_row,
         "kept_at": group * pieces_row // 8 * lanes * word,
         "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
@@ -156,10 +168,12 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         found[name] = size
         size += _up(count, 64)
     found |= {
-        "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows, "group_rows": group, "key_tile": tile,
-        "state_rows": state_rows, "keys_row": keys_row, "strip_row": strip, "run_count": run_count,
+        "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows,
+        "group_rows": group, "key_tile": tile, "state_rows": state_rows, "keys_row": keys_row,
+        "strip_row": strip, "run_count": run_count,
         "pieces_row": pieces_row, "spans_row": spans_row,
-        "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place), "items": items,
+        "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place),
+        "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip
     return Plan(max(1, min(most_threads, items)), Layout(**found, **sizes._asdict()))

@@ -1,15 +1,17 @@
 """Attention forward: tiles of queries and keys, a running softmax, O(N) memory, no formula of any mask or modifier.
 
-One item is one block of query rows of one head (or of several heads that share a key head, where a head has few rows). For each
-tile of keys an item asks the tile hook which panels of keys its groups of rows see, packs those keys transposed, and then, group by
-group: scores (register tiles), hooks on the scores, weights against the running row maximum, weighted values (register tiles).
+One item is one block of query rows of one head (or of several heads that share a key head, where a head has few
+rows). For each tile of keys an item asks the tile hook which panels of keys its groups of rows see, packs those keys
+transposed, and then, group by group: scores (register tiles), hooks on the scores, weights against the running row
+maximum, weighted values (register tiles).
 
-Same bits whatever is skipped: key tiles begin at fixed multiples of `key_tile`, a score is one chain of multiply-adds over the head
-size, a row's weights are added in fixed lanes (key number modulo three vectors) and folded once per key tile, weighted values are
-chains over fixed blocks of keys (12 vectors), added up block by block. A key left out would have added an exact zero.
+Same bits whatever is skipped: key tiles begin at fixed multiples of `key_tile`, a score is one chain of multiply-adds
+over the head size, a row's weights are added in fixed lanes (key number modulo three vectors) and folded once per key
+tile, weighted values are chains over fixed blocks of keys (12 vectors), added up block by block. A key left out would
+have added an exact zero.
 
-A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the register tiles
-and then added to the rows that see them, one by one.
+A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the
+register tiles and then added to the rows that see them, one by one.
 
 The functions below run in compiled workers and check nothing. `unit` says what is multiplied, see `tiles.py`.
 """
@@ -223,12 +225,15 @@ def _work(state, number, unit):
 
 
 def forward_float32(state, number):
+    """Compute float32, float16 and, without a dot product of their own, bfloat16 calls."""
     _work(state, number, np.float32(0))
 
 
 def forward_float64(state, number):
+    """Compute float64 calls."""
     _work(state, number, np.float64(0))
 
 
 def forward_bfloat16(state, number):
+    """Compute bfloat16 calls by products of pairs."""
     _work(state, number, np.int32(0))

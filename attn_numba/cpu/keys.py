@@ -1,7 +1,7 @@
-"""A tile of keys as one item needs it: which keys its rows see, those keys transposed, and values without NaN and infinity.
+"""A tile of keys as one item needs it: which keys its rows see, these transposed, and values without NaN.
 
-A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the register tiles
-and listed, to be added to the rows that see them one by one.
+A key that is not allowed has weight 0, but 0 times NaN is NaN: rows of V that are not finite are set to zero for the
+register tiles and listed, to be added to the rows that see them one by one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
 
 @compiled
 def _pack_keys(call, space, keys, number, j0, unit):
-    """Transpose one vector of keys, vector `number` of the tile: word d of key n goes to (d, n). Keys beyond the last are zero."""
+    """Transpose one vector of keys, vector `number` of the tile.
+
+    Word d of key n goes to (d, n). Keys beyond the last are zero.
+    """
     lanes, word = vector_length(unit), word_bytes(unit)
     to = space + call.keys_at + number * lanes * word
     scratch = space + call.scratch_at
@@ -81,7 +84,10 @@ def _pack_keys(call, space, keys, number, j0, unit):
 
 @compiled
 def _mark_runs(call, space, union, groups, j0, j1, lanes):
-    """Mark all vectors of the tile between the first and the last key that any row of the item sees; return 0 if there are none."""
+    """Mark all vectors of the tile between the first and the last key that any row of the item sees.
+
+    Return 0 if there are none.
+    """
     first, end = j1, j0
     for g in range(groups):
         first = min(first, max(load_int32(space + call.hulls_at + 8 * g), j0))
@@ -135,8 +141,9 @@ def _find_special(call, space, values, j0, j1, column, count, unit):
 
 @compiled
 def prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
-    """Classify the tile for all groups and pack the keys that any of them sees; return -1 if none does, else the number of special
-    keys.
+    """Classify the tile for all groups and pack the keys that any of them sees.
+
+    Return -1 if none does, else the number of special keys.
     """
     lanes = vector_length(unit)
     vectors = (j1 - j0 + lanes - 1) // lanes
@@ -174,7 +181,7 @@ def prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0
 
 @compiled
 def run_end(kinds, n, vectors):
-    """The end of the run of vectors from n on that have the same kind."""
+    """Return the end of the run of vectors from n on that have the same kind."""
     kind = load_byte(kinds + n)
     n += 1
     while n < vectors and load_byte(kinds + n) == kind:

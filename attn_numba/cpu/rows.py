@@ -1,7 +1,7 @@
-"""Rows of numbers, read and written in compiled code: from what arrays hold to operands, from accumulators to what arrays hold.
+"""Rows of numbers in compiled code: from what arrays hold to operands, from accumulators to what arrays hold.
 
-The functions of this folder that `compiled` marks run in workers and check nothing. `unit` says what is multiplied, see `tiles.py`;
-`call` is the record of the call, see `state.py`.
+The functions of this folder that `compiled` marks run in workers and check nothing. `unit` says what is multiplied,
+see `tiles.py`; `call` is the record of the call, see `state.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from attn_numba.cpu.tiles import (
     write_vector,
 )
 
-# Numbers may be contracted into multiply-adds and zeros lose their sign; sums are never reordered, NaN and infinity never assumed
+# Numbers may be contracted into multiply-adds and zeros lose their sign; sums are never reordered, NaN and infinity
+# never assumed
 # away.
 options = {
     "nogil": True,
@@ -47,6 +48,7 @@ inlined = njit(
 
 @compiled
 def rounded_up(x, multiple):
+    """Return the least multiple that is not below x."""
     return (x + multiple - 1) // multiple * multiple
 
 

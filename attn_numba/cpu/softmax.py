@@ -47,15 +47,19 @@ from attn_numba.cpu.tiles import (
 
 @compiled
 def _tiled_rows(rows):
-    """How many rows to give to register tiles: one or two rows left over go one by one, more fill a tile (with rows to spare)."""
+    """How many rows to give to register tiles.
+
+    One or two rows left over go one by one, more fill a tile (with rows to spare).
+    """
     over = rows % TILE_ROWS
     return rows - over + (TILE_ROWS if over > 2 else 0)
 
 
 @compiled
 def list_runs(runs, kinds, columns, lanes):
-    """List the stretches of keys that are seen, as pairs (first, end) that begin at whole vectors and cross no chain of sums; return
-    their number.
+    """List the stretches of keys that are seen, as pairs (first, end); return their number.
+
+    They begin at whole vectors and cross no chain of sums.
     """
     vectors = (columns + lanes - 1) // lanes
     count = n = 0
@@ -74,7 +78,7 @@ def list_runs(runs, kinds, columns, lanes):
 
 @compiled
 def _chain_end(runs, n, count, chain):
-    """The end of the stretches from n on that belong to the same chain of sums."""
+    """Return the end of the stretches from n on that belong to the same chain of sums."""
     last = (load_int32(runs + 8 * n) // chain + 1) * chain
     while n < count and load_int32(runs + 8 * n) < last:
         n += 1
@@ -83,7 +87,10 @@ def _chain_end(runs, n, count, chain):
 
 @compiled
 def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit):
-    """C += A @ B over a list of stretches of the depth, for all rows and one to three vectors of columns; row lengths in words."""
+    """C += A @ B over a list of stretches of the depth, for all rows and one to three vectors of columns.
+
+    Row lengths in words.
+    """
     word = word_bytes(unit)
     tiled = _tiled_rows(rows)
     for r in range(0, tiled, TILE_ROWS):
@@ -106,7 +113,9 @@ def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit
 
 @compiled
 def _products(call, space, queries, first, end, rows, unit):
-    """Fill columns `first` to `end` (whole vectors) of the strip with q . k, three vectors at a time, two or one at the end.
+    """Fill columns `first` to `end` (whole vectors) of the strip with q .
+
+    K, three vectors at a time, two or one at the end.
 
     A long head is summed in chains of `DEPTH_CHAIN` words, so that it gathers no rounding errors.
     """

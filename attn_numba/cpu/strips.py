@@ -1,7 +1,8 @@
 """Strips of four rows, for masks whose rows see short stretches of keys each (neighborhoods on a grid).
 
-Tiles of many rows would compute many times what is allowed. Here four rows that lie side by side go together, against just the
-stretches that any of them sees, wherever these begin; each row then keeps its own. The sums have the order they have elsewhere.
+Tiles of many rows would compute many times what is allowed. Here four rows that lie side by side go together, against
+just the stretches that any of them sees, wherever these begin; each row then keeps its own. The sums have the order
+they have elsewhere.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ from attn_numba.cpu.tiles import (
 
 @compiled
 def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
-    """Ask the runs hook what each row of the item sees; rows to spare see nothing. Note each group's first key and last."""
+    """Ask the runs hook what each row of the item sees.
+
+    Rows to spare see nothing. Note each group's first key and last.
+    """
     for g in range(groups):
         first, end = call.N, 0
         for r in range(call.group_rows):
@@ -63,9 +67,10 @@ def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
 
 @compiled
 def list_spans(call, space, kinds, g, rows, j0, j1, lanes, at_once):
-    """For each strip of the group, list the stretches of the tile that its rows see together, ascending and apart, in
-    multiples of `at_once` keys; for each row, its own pieces of at most a vector, as pairs (column, width). Mark the
-    vectors they touch; return the most stretches of a strip.
+    """List the stretches of the tile that the rows of each strip see together; return the most that a strip has.
+
+    They are ascending and apart, in multiples of `at_once` keys. The vectors they touch are marked. For each row its
+    own pieces of at most a vector are listed too, as pairs (column, width).
     """
     hull = space + call.hulls_at + 8 * g
     if load_int32(hull) >= j1 or load_int32(hull + 4) <= j0:
@@ -82,8 +87,10 @@ def list_spans(call, space, kinds, g, rows, j0, j1, lanes, at_once):
 
 @compiled
 def _list_strip(call, space, kinds, g, s, rows, j0, j1, lanes, at_once):
-    """Make the lists of strip `s`; the list of its stretches begins with their number, which is returned, and a zero. Stretches cross
-    no chain of sums.
+    """Make the lists of strip `s`.
+
+    The list of its stretches begins with their number, which is returned, and a zero. Stretches cross no chain of
+    sums.
     """
     chain = CHAIN_VECTORS * lanes
     spans = space + call.spans_at + s * call.spans_row
@@ -210,7 +217,10 @@ def strip_values(call, space, weights, weights_row, values, values_row, local, r
 
 @compiled
 def _put_aside(row, pieces, to, number):
-    """Copy the pieces of a row side by side to `to`, each a vector filled up with minus infinity; return their number."""
+    """Copy the pieces of a row side by side to `to`, each a vector filled up with minus infinity.
+
+    Return their number.
+    """
     lanes, word = vector_length(number), word_bytes(number)
     count = load_int32(pieces)
     for n in range(count):
@@ -221,7 +231,7 @@ def _put_aside(row, pieces, to, number):
 
 @compiled
 def _put_back(row, pieces, source, number):
-    """The reverse of `_put_aside`; what lies around the pieces is left alone."""
+    """Undo `_put_aside`; what lies around the pieces is left alone."""
     lanes, word = vector_length(number), word_bytes(number)
     for n in range(load_int32(pieces)):
         pieces += 8

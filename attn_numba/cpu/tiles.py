@@ -49,9 +49,10 @@ def _addresses(count: int) -> tuple[types.Type, ...]:
 
 
 def _define(count: int, emit, result=None, tail=()):
-    """An intrinsic of (unit, `count` int64 arguments, further accumulator numbers); `emit(vectors, unit, *values)`.
+    """Return an intrinsic of (unit, `count` int64 arguments, numbers) that `emit(vectors, unit, *values)` emits.
 
-    `result` is a function from the unit's type to the result's type, None for none; `tail` counts trailing accumulator arguments.
+    `result` is a function from the unit's type to the result's type, None for none; `tail` counts trailing
+    accumulator arguments.
     """
     floats = len(tail)
 
@@ -70,11 +71,12 @@ def _define(count: int, emit, result=None, tail=()):
     return intrinsic(namespace["function"])
 
 
-# -- Register tiles ----------------------------------------------------------------------------------------------------------
+# -- Register tiles
+# ----------------------------------------------------------------------------------------------------------
 
 
 class _Operands:
-    """The rows of a register tile: `rows` of A and C, of which row i begins i row lengths (in words) after the first."""
+    """The rows of a register tile: of A and of C, row i begins i row lengths (in words) after the first."""
 
     def __init__(self, v: Vectors, unit: types.Type, rows: int, vectors: int, a, a_row, b, b_row, c, c_row, apart=None):
         self.v, self.rows, self.vectors = v, rows, vectors
@@ -127,7 +129,8 @@ class _Operands:
 def _score_tile(rows: int, vectors: int):
     """tile(unit, a, a_row, b, b_row, c, c_row, depth): C[rows, vectors] = A[rows, depth] @ B[depth, vectors].
 
-    Row lengths in words. An element's bits do not depend on the rows and columns beside it. Each element of C has one writer.
+    Row lengths in words. An element's bits do not depend on the rows and columns beside it. Each element of C has one
+    writer.
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth):
@@ -152,9 +155,9 @@ def _score_pair(rows: int):
 def _value_tile(rows: int, vectors: int):
     """tile(unit, a, a_row, b, b_row, c, c_row, runs, count): C[rows, vectors] += A[rows, runs] @ B[runs, vectors].
 
-    `runs` is the address of `count` pairs of int32, first and end of the stretches of the depth to go through (keys: for pairs, both
-    are halved). Row lengths in words. Each element of C has one writer; what is added to it is one chain of multiply-adds over the
-    stretches, begun at zero.
+    `runs` is the address of `count` pairs of int32, first and end of the stretches of the depth to go through (keys:
+    for pairs, both are halved). Row lengths in words. Each element of C has one writer; what is added to it is one
+    chain of multiply-adds over the stretches, begun at zero.
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, runs, count):
@@ -185,7 +188,8 @@ strip_scores_1, strip_scores_2 = _score_tile(STRIP_ROWS, 1), _score_pair(STRIP_R
 strip_values_2, strip_values_1 = (_value_tile(STRIP_ROWS, n) for n in (2, 1))
 
 
-# -- Rows of scores ----------------------------------------------------------------------------------------------------------
+# -- Rows of scores
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _row_largest(v: Vectors, unit, row, columns, start):
@@ -305,7 +309,8 @@ keep_first = _define(3, _keep_first, tail=(0,))
 put_first = _define(3, lambda v, unit, to, source, count: v.store_first(v.load(source), to, count))
 # largest number of a row of scores (whole vectors) and `start`; NaN is passed over
 row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
-# weights[j] = 2**((row[j] - shift) * factor), added lane by lane to the vectors of partial sums at `sums`; pairs: stored as bfloat16.
+# weights[j] = 2**((row[j] - shift) * factor), added lane by lane to the vectors of partial sums at `sums`; pairs:
+# stored as bfloat16.
 # The first takes whole triples of vectors, the second one vector.
 triples_to_weights, vector_to_weights = (_define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
 # the first `count` weights of a vector of scores, normalized; exactly 0 where the score is minus infinity
@@ -322,7 +327,8 @@ advance_rows = _define(5, _advance_rows, tail=(0,))
 gather_totals = _define(4, _gather_totals)
 
 
-# -- Rows of numbers: conversion, transposition, inspection ------------------------------------------------------------------
+# -- Rows of numbers: conversion, transposition, inspection
+# ------------------------------------------------------------------
 
 
 def _widened(v: Vectors, bits: ir.Value, kind: int) -> ir.Value:
@@ -396,7 +402,8 @@ write_number, write_half_number, write_brain_number = (_writer(kind, False) for 
 def _transpose(v: Vectors, unit, source, source_row, to, to_row):
     """One square block of `lanes` x `lanes` words.
 
-    Each stage exchanges lanes of pairs of rows: first within quarters of 128 bits, which is cheapest, then quarters as wholes.
+    Each stage exchanges lanes of pairs of rows: first within quarters of 128 bits, which is cheapest, then quarters
+    as wholes.
     """
     builder, n = v.builder, v.lanes
     rows, at = [], source
@@ -471,7 +478,8 @@ is_pairs = _define(0, lambda v, unit: ir.Constant(I64, int(unit == types.int32))
 accumulator = _define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulator)  # the unit of a unit's accumulators
 
 
-# -- Memory and calls --------------------------------------------------------------------------------------------------------
+# -- Memory and calls
+# --------------------------------------------------------------------------------------------------------
 
 
 def _bytes_access(kind: ir.Type):
@@ -503,7 +511,7 @@ load_word, _ = _bytes_access(I64)
 
 @intrinsic
 def claim(typingctx, address):
-    """The next number of the int64 counter at `address`; each number is given out once."""
+    """Return the next number of the int64 counter at `address`; each number is given out once."""
 
     def codegen(context, builder, signature, args):
         counter = builder.inttoptr(args[0], I64.as_pointer())
@@ -530,7 +538,7 @@ def prefetch(typingctx, address):
 
 
 def _function_pointer(count: int, returns: bool):
-    """An intrinsic that calls the function of `count` int64 arguments at an address."""
+    """Return an intrinsic that calls the function of `count` int64 arguments at an address."""
 
     def codegen(context, builder, signature, args):
         result = I64 if returns else ir.VoidType()

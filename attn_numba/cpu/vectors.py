@@ -26,7 +26,8 @@ EXP2_COEFFICIENTS = {
         5.5504108664790393e-2, 2.4022650695910098e-1, 6.9314718055994570e-1, 1.0,
     ),
 }  # fmt: skip
-# 2**f - 1 = c1 f + c2 f**2 on [-1/64, 1/64]: Taylor terms, c1 with three quarters of the cubic one at the ends; error 5e-8.
+# 2**f - 1 = c1 f + c2 f**2 on [-1/64, 1/64]: Taylor terms, c1 with three quarters of the cubic one at the ends; error
+# 5e-8.
 EXP2_NEAR_ZERO = (0.69314718055994531 + 0.75 * 0.05550410866482158 / 64**2, 0.24022650695910072)
 EXP2_TABLE = tuple(np.exp2(np.arange(32) / 32).astype(np.float32).tolist())
 
@@ -167,7 +168,9 @@ class Vectors:
         )
 
     def _exp2_by_table(self, x: ir.Value) -> ir.Value:
-        """The same where a permutation of two registers looks up 2**(k / 32): x = n + k / 32 + f, and f needs degree 2 only.
+        """Return the same where a permutation of two registers looks up 2**(k / 32).
+
+        X = n + k / 32 + f, and f needs degree 2 only.
 
         The exponent n goes into the table's number by integer addition, which NaN never meets: it arrives with f.
         """
