@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from attn_numba.cpu import forward
 from attn_numba.cpu.binding import bind
+from attn_numba.cpu.forward import WORKERS
 from attn_numba.cpu.launch import compile_worker, run
 from attn_numba.cpu.state import Call, Layout, state_of
 from attn_numba.cpu.target import target
@@ -27,9 +27,9 @@ SMALL = 4_000_000  # multiply-adds below which a second thread costs more than i
 
 
 class Unit(NamedTuple):
-    """How a dtype is computed: the worker, its operands and what they are stored as."""
+    """How a dtype is computed: the workers, their operands and what these are stored as."""
 
-    worker: Any
+    name: str  # of its workers
     word: int  # bytes of an operand
     lanes: int
     pairs: bool
@@ -45,11 +45,11 @@ def unit_of(dtype: str, exact_weights: bool) -> Unit:
     """
     lanes = target().vector_bytes // 4
     if dtype == "float64":
-        return Unit(forward.forward_float64, 8, lanes // 2, False, SAME, 8)
+        return Unit("float64", 8, lanes // 2, False, SAME, 8)
     if dtype == "bfloat16" and target().bfloat_dot and not exact_weights:
-        return Unit(forward.forward_bfloat16, 4, lanes, True, BRAIN_FLOAT, 2)
+        return Unit("bfloat16", 4, lanes, True, BRAIN_FLOAT, 2)
     kind, itemsize = {"float32": (SAME, 4), "float16": (HALF_FLOAT, 2), "bfloat16": (BRAIN_FLOAT, 2)}[dtype]
-    return Unit(forward.forward_float32, 4, lanes, False, kind, itemsize)
+    return Unit("float32", 4, lanes, False, kind, itemsize)
 
 
 def _up(x: int, multiple: int) -> int:
@@ -96,12 +96,13 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     )  # fmt: skip
     state = state_of(call, plan.layout)
     keep = (state, workspace, sink, bound, q, k, v, out, lse, weights)
-    run(compile_worker(unit.worker), _address(state), plan.threads, keep)
+    worker = compile_worker(WORKERS[unit.name, bound.run_count > 0, weights is not None])
+    run(worker, _address(state), plan.threads, keep)
 
 
 def prepare(dtype: str) -> None:
     """Compile the worker of a dtype, or load it from the disk cache."""
-    compile_worker(unit_of(dtype, False).worker)
+    compile_worker(WORKERS[unit_of(dtype, False).name, False, False])
 
 
 def _multiply_adds(s: Sizes) -> int:

@@ -21,17 +21,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
-from attn_numba.cpu.keys import prepare_tile
+from attn_numba.cpu.keys import clear_marks, mark_rows, pack_tile
 from attn_numba.cpu.rows import clear, compiled, inlined, read_row, write_row
-from attn_numba.cpu.softmax import add_special, list_runs, note_seen, scores, softmax, weighted_values
+from attn_numba.cpu.softmax import attend_rows, score_rows
 from attn_numba.cpu.state import call_of
-from attn_numba.cpu.strips import exclude_around, list_spans, load_runs, strip_products, strip_softmax
+from attn_numba.cpu.strips import attend_strips, begin_strips, mark_strips, score_strips
 from attn_numba.cpu.tiles import (
     accumulator,
-    call_edit,
     claim,
-    is_pairs,
     load_byte,
     load_number,
     normalized,
@@ -119,7 +119,7 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
 
 
 @inlined
-def _attend(call, space, item, unit):
+def _attend(call, space, item, unit, strips, weights):
     sets = call.B * call.Hk * call.head_sets
     block, rest = call.blocks - 1 - item // sets, item % sets
     b, rest = rest // (call.Hk * call.head_sets), rest % (call.Hk * call.head_sets)
@@ -132,108 +132,161 @@ def _attend(call, space, item, unit):
     head_groups = (i_end - i_first + call.group_rows - 1) // call.group_rows
     groups = heads * head_groups
 
-    lanes = vector_length(unit)
-    most = call.key_tile // lanes
+    most = call.key_tile // vector_length(unit)
     values = call.v + b * call.v_b + hk * call.v_h
     _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     _reset(call, space, groups, unit)
-    if call.runs_hook:
-        load_runs(call, space, b, h0, groups, head_groups, i_first, i_end)
+    begin(strips, call, space, b, h0, groups, head_groups, i_first, i_end)
     for j0 in range(0, call.N, call.key_tile):
         j1 = min(j0 + call.key_tile, call.N)
-        special = prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit)
-        if special < 0:
+        union = clear_marks(call, space, groups, j0, j1, unit)
+        if not mark(strips, call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
             continue
+        special = pack_tile(call, space, union, b, hk, j0, j1, unit)
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
-            local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
-            kinds, runs = space + call.kinds_at + g * most, space + call.runs_at
-            queries = space + call.q_at + local * call.depth * word_bytes(unit)
-            vectors = (j1 - j0 + lanes - 1) // lanes
-            if call.runs_hook:
-                stretches = list_spans(call, space, kinds, g, rows, j0, j1, lanes, 1 + is_pairs(unit))
-                if not stretches:
-                    continue
-                strip_products(call, space, queries, kinds, stretches, b, h, i0, rows, j0, j1, unit)
-                if special or is_pairs(unit):
-                    exclude_around(call, space, kinds, rows, vectors, unit)
-                    count = list_runs(runs, kinds, j1 - j0, lanes)
-            else:
-                count = stretches = list_runs(runs, kinds, j1 - j0, lanes)
-                if not count:
-                    continue
-                scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
-            if special:
-                note_seen(call, space, kinds, rows, special, unit)
-            if call.runs_hook and not special and not is_pairs(unit):
-                strip_softmax(call, space, kinds, vectors, g, rows, unit)
-            else:
-                softmax(call, space, runs, count, g, rows, unit)
-            if call.dropout_hook:
-                at = space + call.scores_at
-                call_edit(call.dropout_hook, at, call.strip_row, b, h, i0, rows, j0, j1 - j0, call.parameters)
-            weighted_values(call, space, values, runs, stretches, local, rows, j0, special, unit)
-            if special:
-                add_special(call, space, values, local, rows, j0, special, unit)
+            rows = min(call.group_rows, i_end - i0)
+            kinds = space + call.kinds_at + g * most
+            queries = space + call.q_at + g * call.group_rows * call.depth * word_bytes(unit)
+            attend(strips, call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit)
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         rows = min(call.group_rows, i_end - i0)
         _finish(call, space, b, h0 + g // head_groups, i0, g, rows, unit)
-    if call.weights:
-        _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
+    after(weights, strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
 
 
 @compiled
-def _attend_weights(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
+def _begin_rows(call, space, b, h0, groups, head_groups, i_first, i_end):
+    """Do nothing: rows learn what they see tile by tile."""
+
+
+@compiled
+def _no_weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
+    """Do nothing: the weights are not asked for."""
+
+
+@compiled
+def _weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
     """Compute the scores a second time, now that each row's maximum and total are known, and write the weights."""
     most = call.key_tile // vector_length(unit)
     for j0 in range(0, call.N, call.key_tile):
         j1 = min(j0 + call.key_tile, call.N)
-        if prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit) < 0:
+        union = clear_marks(call, space, groups, j0, j1, unit)
+        if not mark(strips, call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
             continue
+        pack_tile(call, space, union, b, hk, j0, j1, unit)
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
-            local, rows = g * call.group_rows, min(call.group_rows, i_end - i0)
-            kinds, runs = space + call.kinds_at + g * most, space + call.runs_at
-            queries = space + call.q_at + local * call.depth * word_bytes(unit)
-            if call.runs_hook:
-                count = list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit), 1 + is_pairs(unit))
-                if not count:
-                    continue
-                strip_products(call, space, queries, kinds, count, b, h, i0, rows, j0, j1, unit)
-                exclude_around(
-                    call, space, kinds, rows, (j1 - j0 + vector_length(unit) - 1) // vector_length(unit), unit
-                )
-            else:
-                count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
-                scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
-            _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit)
+            rows = min(call.group_rows, i_end - i0)
+            kinds = space + call.kinds_at + g * most
+            queries = space + call.q_at + g * call.group_rows * call.depth * word_bytes(unit)
+            if score(strips, call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
+                _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit)
+
+
+# A process compiles what it uses and no more: the type of a first argument says, when a caller is compiled, which of
+# two functions is meant.
+NO, YES = np.int8(0), np.int16(0)
+
+
+def _choice(no, yes):
+    """Return a function of (NO or YES, arguments of both) that stands for `no` or for `yes`."""
+
+    def choice(token, *args):
+        raise NotImplementedError("called by compiled code only")
+
+    @overload(choice)
+    def chosen(token, *args):
+        if token == types.int16:
+            return lambda token, *args: yes(*args)
+        return lambda token, *args: no(*args)
+
+    return choice
+
+
+begin = _choice(_begin_rows, begin_strips)
+mark = _choice(mark_rows, mark_strips)
+attend = _choice(attend_rows, attend_strips)
+score = _choice(score_rows, score_strips)
+after = _choice(_no_weights, _weights)
 
 
 @inlined
-def _work(state, number, unit):
+def _work(state, number, unit, strips, weights):
     call = call_of(state)
     space = call.workspace + number * call.workspace_bytes
     while True:
         item = claim(state)
         if item >= call.items:
             return
-        _attend(call, space, item, unit)
+        _attend(call, space, item, unit, strips, weights)
 
 
-# One worker for each unit; Numba's disk cache keeps them under their names.
+# One worker for each unit, for rows or strips, without and with weights; Numba's disk cache keeps them under their
+# names. `float32` also computes float16 and, without a dot product of their own, bfloat16 calls.
 
 
-def forward_float32(state, number):
-    """Compute float32, float16 and, without a dot product of their own, bfloat16 calls."""
-    _work(state, number, np.float32(0))
+def _rows_float32(state, number):
+    _work(state, number, np.float32(0), NO, NO)
 
 
-def forward_float64(state, number):
-    """Compute float64 calls."""
-    _work(state, number, np.float64(0))
+def _rows_weights_float32(state, number):
+    _work(state, number, np.float32(0), NO, YES)
 
 
-def forward_bfloat16(state, number):
-    """Compute bfloat16 calls by products of pairs."""
-    _work(state, number, np.int32(0))
+def _strips_float32(state, number):
+    _work(state, number, np.float32(0), YES, NO)
+
+
+def _strips_weights_float32(state, number):
+    _work(state, number, np.float32(0), YES, YES)
+
+
+def _rows_float64(state, number):
+    _work(state, number, np.float64(0), NO, NO)
+
+
+def _rows_weights_float64(state, number):
+    _work(state, number, np.float64(0), NO, YES)
+
+
+def _strips_float64(state, number):
+    _work(state, number, np.float64(0), YES, NO)
+
+
+def _strips_weights_float64(state, number):
+    _work(state, number, np.float64(0), YES, YES)
+
+
+def _rows_bfloat16(state, number):
+    _work(state, number, np.int32(0), NO, NO)
+
+
+def _rows_weights_bfloat16(state, number):
+    _work(state, number, np.int32(0), NO, YES)
+
+
+def _strips_bfloat16(state, number):
+    _work(state, number, np.int32(0), YES, NO)
+
+
+def _strips_weights_bfloat16(state, number):
+    _work(state, number, np.int32(0), YES, YES)
+
+
+# (unit, strips, weights) -> worker
+WORKERS = {
+    ("float32", False, False): _rows_float32,
+    ("float32", False, True): _rows_weights_float32,
+    ("float32", True, False): _strips_float32,
+    ("float32", True, True): _strips_weights_float32,
+    ("float64", False, False): _rows_float64,
+    ("float64", False, True): _rows_weights_float64,
+    ("float64", True, False): _strips_float64,
+    ("float64", True, True): _strips_weights_float64,
+    ("bfloat16", False, False): _rows_bfloat16,
+    ("bfloat16", False, True): _rows_weights_bfloat16,
+    ("bfloat16", True, False): _strips_bfloat16,
+    ("bfloat16", True, True): _strips_weights_bfloat16,
+}

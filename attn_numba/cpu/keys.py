@@ -14,7 +14,6 @@ from attn_numba.cpu.tiles import (
     interleave,
     is_pairs,
     load_byte,
-    load_int32,
     prefetch,
     row_is_finite,
     store_byte,
@@ -83,21 +82,6 @@ def _pack_keys(call, space, keys, number, j0, unit):
 
 
 @compiled
-def _mark_runs(call, space, union, groups, j0, j1, lanes):
-    """Mark all vectors of the tile between the first and the last key that any row of the item sees.
-
-    Return 0 if there are none.
-    """
-    first, end = j1, j0
-    for g in range(groups):
-        first = min(first, max(load_int32(space + call.hulls_at + 8 * g), j0))
-        end = max(end, min(load_int32(space + call.hulls_at + 8 * g + 4), j1))
-    for n in range((first - j0) // lanes, (end - j0 + lanes - 1) // lanes):
-        store_byte(union + n, SOME)
-    return 1 if end > first else 0
-
-
-@compiled
 def _copy_values(call, space, values, j0, j1, column, unit):
     """Copy values j0 to j1 to the workspace, from column `column` of the tile on, rows that are not finite as zeros."""
     word = word_bytes(unit)
@@ -140,29 +124,36 @@ def _find_special(call, space, values, j0, j1, column, count, unit):
 
 
 @compiled
-def prepare_tile(call, space, b, hk, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
-    """Classify the tile for all groups and pack the keys that any of them sees.
-
-    Return -1 if none does, else the number of special keys.
-    """
+def mark_rows(call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+    """Classify the tile for all groups; mark the vectors of keys that any of them sees; return 0 if none does."""
     lanes = vector_length(unit)
-    vectors = (j1 - j0 + lanes - 1) // lanes
-    kinds = space + call.kinds_at
     most = call.key_tile // lanes
-    union = kinds + groups * most
-    for n in range(vectors):
-        store_byte(union + n, NONE)
+    kinds = space + call.kinds_at
     seen = 0
-    if call.runs_hook:
-        seen = _mark_runs(call, space, union, groups, j0, j1, lanes)
-    for g in range(0 if call.runs_hook else groups):
+    for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         i1 = min(i0 + call.group_rows, i_end)
         seen |= _classify(call, kinds + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
-        for n in range(vectors):
+        for n in range((j1 - j0 + lanes - 1) // lanes):
             store_byte(union + n, load_byte(union + n) | load_byte(kinds + g * most + n))
-    if not seen:
-        return -1
+    return seen
+
+
+@compiled
+def clear_marks(call, space, groups, j0, j1, unit):
+    """Mark no vector of the tile as seen; return where the marks are."""
+    lanes = vector_length(unit)
+    union = space + call.kinds_at + groups * (call.key_tile // lanes)
+    for n in range((j1 - j0 + lanes - 1) // lanes):
+        store_byte(union + n, NONE)
+    return union
+
+
+@compiled
+def pack_tile(call, space, union, b, hk, j0, j1, unit):
+    """Pack the keys that are marked as seen; return the number of special keys."""
+    lanes = vector_length(unit)
+    vectors = (j1 - j0 + lanes - 1) // lanes
     keys = call.k + b * call.k_b + hk * call.k_h
     values = call.v + b * call.v_b + hk * call.v_h
     special = 0

@@ -6,7 +6,6 @@ import numpy as np
 
 from attn_numba.cpu.keys import NONE, SOME, run_end
 from attn_numba.cpu.rows import clear, compiled, read_row
-from attn_numba.cpu.strips import strip_values
 from attn_numba.cpu.tiles import (
     CHAIN_VECTORS,
     DEPTH_CHAIN,
@@ -242,20 +241,22 @@ def softmax(call, space, runs, count, g, rows, unit):
 
 
 @compiled
-def weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
-    """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
-    lanes, word = vector_length(unit), word_bytes(unit)
-    base, values_row = space + call.values_at, call.value_width
-    if call.values_in_place and not special:
-        base, values_row = values + j0 * call.v_j, call.v_j // word
+def operands_of(call, space, values, j0, special, unit):
+    """Return where a tile's weights and values are, and the lengths of their rows in words."""
+    word = word_bytes(unit)
     weights, weights_row = space + call.scores_at, call.strip_row
     if is_pairs(unit):
         weights, weights_row = space + call.pairs_at, call.strip_row // 2
-    if call.runs_hook:
-        strip_values(
-            call, space, weights, weights_row, base, values_row, local, rows, min(call.key_tile, call.N - j0), unit
-        )
-        return
+    if call.values_in_place and not special:
+        return weights, weights_row, values + j0 * call.v_j, call.v_j // word
+    return weights, weights_row, space + call.values_at, call.value_width
+
+
+@compiled
+def _weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
+    """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    weights, weights_row, base, values_row = operands_of(call, space, values, j0, special, unit)
     width = call.value_width
     e = 0
     while e < width:
@@ -294,3 +295,31 @@ def add_special(call, space, values, local, rows, j0, special, unit):
                 store_number(
                     number, at + e * word, load_number(number, at + e * word) + weight * load_number(number, scratch)
                 )
+
+
+@compiled
+def attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit):
+    """Attend one group of rows to one tile of keys."""
+    runs = space + call.runs_at
+    count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
+    if not count:
+        return
+    scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+    if special:
+        note_seen(call, space, kinds, rows, special, unit)
+    softmax(call, space, runs, count, g, rows, unit)
+    if call.dropout_hook:
+        at = space + call.scores_at
+        call_edit(call.dropout_hook, at, call.strip_row, b, h, i0, rows, j0, j1 - j0, call.parameters)
+    _weighted_values(call, space, values, runs, count, g * call.group_rows, rows, j0, special, unit)
+    if special:
+        add_special(call, space, values, g * call.group_rows, rows, j0, special, unit)
+
+
+@compiled
+def score_rows(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
+    """Fill the group's scores of a tile; return 0 if it sees nothing of it."""
+    runs = space + call.runs_at
+    count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
+    scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+    return count

@@ -11,6 +11,7 @@ import numpy as np
 
 from attn_numba.cpu.keys import NONE, SOME, run_end
 from attn_numba.cpu.rows import clear, compiled, rounded_up
+from attn_numba.cpu.softmax import add_special, list_runs, note_seen, operands_of, softmax
 from attn_numba.cpu.tiles import (
     CHAIN_VECTORS,
     STRIP_ROWS,
@@ -20,6 +21,7 @@ from attn_numba.cpu.tiles import (
     call_edit,
     call_runs,
     gather_totals,
+    is_pairs,
     keep_first,
     load_byte,
     load_int32,
@@ -44,7 +46,7 @@ from attn_numba.cpu.tiles import (
 
 
 @compiled
-def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
+def begin_strips(call, space, b, h0, groups, head_groups, i_first, i_end):
     """Ask the runs hook what each row of the item sees.
 
     Rows to spare see nothing. Note each group's first key and last.
@@ -66,7 +68,23 @@ def load_runs(call, space, b, h0, groups, head_groups, i_first, i_end):
 
 
 @compiled
-def list_spans(call, space, kinds, g, rows, j0, j1, lanes, at_once):
+def mark_strips(call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+    """Mark all vectors of the tile between the first and the last key that any row of the item sees.
+
+    Return 0 if there are none.
+    """
+    lanes = vector_length(unit)
+    first, end = j1, j0
+    for g in range(groups):
+        first = min(first, max(load_int32(space + call.hulls_at + 8 * g), j0))
+        end = max(end, min(load_int32(space + call.hulls_at + 8 * g + 4), j1))
+    for n in range((first - j0) // lanes, (end - j0 + lanes - 1) // lanes):
+        store_byte(union + n, SOME)
+    return 1 if end > first else 0
+
+
+@compiled
+def _list_spans(call, space, kinds, g, rows, j0, j1, lanes, at_once):
     """List the stretches of the tile that the rows of each strip see together; return the most that a strip has.
 
     They are ascending and apart, in multiples of `at_once` keys. The vectors they touch are marked. For each row its
@@ -144,7 +162,7 @@ def _add_pieces(pieces, column, end, lanes):
 
 
 @compiled
-def strip_products(call, space, queries, kinds, most, b, h, i0, rows, j0, j1, unit):
+def _strip_products(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit):
     """Fill the group's scores with modified products wherever a row sees a key; around these, with anything.
 
     Stretch by stretch through all strips, which lie side by side: the keys they share stay in the first-level cache.
@@ -152,6 +170,9 @@ def strip_products(call, space, queries, kinds, most, b, h, i0, rows, j0, j1, un
     lanes, word = vector_length(unit), word_bytes(unit)
     vectors = (j1 - j0 + lanes - 1) // lanes
     scores, length = space + call.scores_at, call.strip_row
+    most = 0
+    for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
+        most = max(most, load_int32(space + call.spans_at + s * call.spans_row))
     for n in range(0, most, 2):
         for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
             spans = space + call.spans_at + s * call.spans_row
@@ -187,12 +208,13 @@ def strip_products(call, space, queries, kinds, most, b, h, i0, rows, j0, j1, un
 
 
 @compiled
-def strip_values(call, space, weights, weights_row, values, values_row, local, rows, columns, unit):
+def _strip_values(call, space, values, local, rows, j0, columns, special, unit):
     """Add the weighted values of all strips, chain by chain, two vectors of columns at a time."""
     lanes, word = vector_length(unit), word_bytes(unit)
     width, chain = call.value_width, CHAIN_VECTORS * lanes
+    weights, weights_row, base, values_row = operands_of(call, space, values, j0, special, unit)
     for e in range(0, width, 2 * lanes):
-        b = values + e * word
+        b = base + e * word
         for last in range(chain, columns + chain, chain):
             for s in range((rows + STRIP_ROWS - 1) // STRIP_ROWS):
                 spans = space + call.spans_at + s * call.spans_row
@@ -239,7 +261,7 @@ def _put_back(row, pieces, source, number):
 
 
 @compiled
-def exclude_around(call, space, kinds, rows, vectors, unit):
+def _exclude_around(call, space, kinds, rows, vectors, unit):
     """Set to minus infinity all scores of a strip's tile that no row sees."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
@@ -253,7 +275,7 @@ def exclude_around(call, space, kinds, rows, vectors, unit):
 
 
 @compiled
-def strip_softmax(call, space, kinds, vectors, g, rows, unit):
+def _strip_softmax(call, space, kinds, vectors, g, rows, unit):
     """As `softmax`, for strips: exponentials of the scores put aside, zeros around them, and the same order of sums."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
@@ -292,3 +314,37 @@ def strip_softmax(call, space, kinds, vectors, g, rows, unit):
             out = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
             row_scale(number, out, call.value_width, shrink)
     gather_totals(number, space + call.total_at + state, shrinks, added, rows)
+
+
+@compiled
+def attend_strips(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit):
+    """Attend one group of rows to one tile of keys, strip by strip."""
+    if not _list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit), 1 + is_pairs(unit)):
+        return
+    vectors = (j1 - j0 + vector_length(unit) - 1) // vector_length(unit)
+    _strip_products(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
+    if special or is_pairs(unit):
+        runs = space + call.runs_at
+        _exclude_around(call, space, kinds, rows, vectors, unit)
+        if special:
+            note_seen(call, space, kinds, rows, special, unit)
+        softmax(call, space, runs, list_runs(runs, kinds, j1 - j0, vector_length(unit)), g, rows, unit)
+    else:
+        _strip_softmax(call, space, kinds, vectors, g, rows, unit)
+    if call.dropout_hook:
+        at = space + call.scores_at
+        call_edit(call.dropout_hook, at, call.strip_row, b, h, i0, rows, j0, j1 - j0, call.parameters)
+    _strip_values(call, space, values, g * call.group_rows, rows, j0, j1 - j0, special, unit)
+    if special:
+        add_special(call, space, values, g * call.group_rows, rows, j0, special, unit)
+
+
+@compiled
+def score_strips(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
+    """Fill the group's scores of a tile, minus infinity where no row sees a key; return 0 if it sees nothing of it."""
+    count = _list_spans(call, space, kinds, g, rows, j0, j1, vector_length(unit), 1 + is_pairs(unit))
+    if count:
+        _strip_products(call, space, queries, kinds, b, h, i0, rows, j0, j1, unit)
+        vectors = (j1 - j0 + vector_length(unit) - 1) // vector_length(unit)
+        _exclude_around(call, space, kinds, rows, vectors, unit)
+    return count
