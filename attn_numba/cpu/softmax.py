@@ -56,17 +56,13 @@ def _tiled_rows(rows):
 
 @compiled
 def list_runs(runs, kinds, columns, lanes):
-    """List the stretches of keys that are seen, as pairs (first, end); return their number.
-
-    They begin at whole vectors and cross no chain of sums.
-    """
+    """List the stretches of keys that are seen, as pairs (first, end) from whole vectors on; return their number."""
     vectors = (columns + lanes - 1) // lanes
     count = n = 0
     while n < vectors:
         if load_byte(kinds + n):
             store_int32(runs + 8 * count, n * lanes)
-            chain = (n // CHAIN_VECTORS + 1) * CHAIN_VECTORS
-            while n < min(vectors, chain) and load_byte(kinds + n):
+            while n < vectors and load_byte(kinds + n):
                 n += 1
             store_int32(runs + 8 * count + 4, min(n * lanes, columns))
             count += 1
@@ -76,12 +72,16 @@ def list_runs(runs, kinds, columns, lanes):
 
 
 @compiled
-def _chain_end(runs, n, count, chain):
-    """Return the end of the stretches from n on that belong to the same chain of sums."""
-    last = (load_int32(runs + 8 * n) // chain + 1) * chain
-    while n < count and load_int32(runs + 8 * n) < last:
-        n += 1
-    return n
+def _cut_runs(to, runs, count, first, last):
+    """List what lies between two columns; return the number of stretches."""
+    cut = 0
+    for n in range(count):
+        start, end = max(load_int32(runs + 8 * n), first), min(load_int32(runs + 8 * n + 4), last)
+        if start < end:
+            store_int32(to + 8 * cut, start)
+            store_int32(to + 8 * cut + 4, end)
+            cut += 1
+    return cut
 
 
 @compiled
@@ -257,19 +257,18 @@ def _weighted_values(call, space, values, runs, count, local, rows, j0, special,
     """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
     lanes, word = vector_length(unit), word_bytes(unit)
     weights, weights_row, base, values_row = operands_of(call, space, values, j0, special, unit)
-    width = call.value_width
+    width, chain = call.value_width, CHAIN_VECTORS * lanes
     e = 0
     while e < width:
         left = (width - e) // lanes
         vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1
         b = base + e * word
         c = space + call.out_at + (local * width + e) * word
-        n = 0
-        while n < count:
-            end = _chain_end(runs, n, count, CHAIN_VECTORS * lanes)
-            at = runs + 8 * n
-            _add_products(weights, weights_row, b, values_row, c, width, rows, vectors, at, end - n, unit)
-            n = end
+        for column in range(load_int32(runs) // chain * chain, load_int32(runs + 8 * count - 4), chain):
+            cut = _cut_runs(space + call.sums_at, runs, count, column, column + chain)
+            if cut:
+                stretches = space + call.sums_at
+                _add_products(weights, weights_row, b, values_row, c, width, rows, vectors, stretches, cut, unit)
         e += vectors * lanes
 
 
