@@ -71,7 +71,7 @@ class Layout(NamedTuple):
     block_rows: int
     group_rows: int  # rows that share one strip of scores, a multiple of the register tile's rows unless 1 or 2
     state_rows: int  # group_rows in whole vectors
-    key_tile: int  # keys in a tile, a multiple of the panel width
+    key_tile: int  # keys in a tile: whole chains of sums
     depth: int  # words in a row of q: D, or pairs
     depth_padded: int  # in whole vectors
     strip_row: int  # scores from one row of the strip to the next

@@ -71,10 +71,6 @@ def _define(count: int, emit, result=None, tail=()):
     return intrinsic(namespace["function"])
 
 
-# -- Register tiles
-# ----------------------------------------------------------------------------------------------------------
-
-
 class _Operands:
     """The rows of a register tile: of A and of C, row i begins i row lengths (in words) after the first."""
 
@@ -186,10 +182,6 @@ value_row_3, value_row_2, value_row_1 = (_value_tile(1, n) for n in (3, 2, 1))
 STRIP_ROWS = 4
 strip_scores_1, strip_scores_2 = _score_tile(STRIP_ROWS, 1), _score_pair(STRIP_ROWS)
 strip_values_2, strip_values_1 = (_value_tile(STRIP_ROWS, n) for n in (2, 1))
-
-
-# -- Rows of scores
-# ----------------------------------------------------------------------------------------------------------
 
 
 def _row_largest(v: Vectors, unit, row, columns, start):
@@ -327,10 +319,6 @@ advance_rows = _define(5, _advance_rows, tail=(0,))
 gather_totals = _define(4, _gather_totals)
 
 
-# -- Rows of numbers: conversion, transposition, inspection
-# ------------------------------------------------------------------
-
-
 def _widened(v: Vectors, bits: ir.Value, kind: int) -> ir.Value:
     """float16 or bfloat16 bits (vector or one number) as float32."""
     builder = v.builder
@@ -360,7 +348,6 @@ def _reader(kind: int, wide: bool):
     """Copy one vector (or one number) of stored kind `kind` at `source` to accumulators at `to`."""
 
     def emit(v: Vectors, unit, to, source):
-        builder = v.builder
         if unit == types.int32 and kind != SAME:
             return
         if kind == SAME:
@@ -372,7 +359,6 @@ def _reader(kind: int, wide: bool):
             bits = v.load(source, kind=ir.VectorType(I16, v.lanes) if wide else I16)
             number = _widened(v, bits, kind)
         v.store(number, to)
-        del builder
 
     return _define(2, emit)
 
@@ -410,13 +396,12 @@ def _transpose(v: Vectors, unit, source, source_row, to, to_row):
     for _ in range(n):
         rows.append(v.load(at))
         at = builder.add(at, source_row)
-    inner = min(n, 16 // v.bytes)  # lanes in 128 bits
     distance = 1
     while distance < n:
         for i in range(n):
             if not i & distance:
                 a, b = rows[i], rows[i + distance]
-                rows[i], rows[i + distance] = (v.shuffle(a, b, p) for p in _exchange(n, inner, distance))
+                rows[i], rows[i + distance] = (v.shuffle(a, b, p) for p in _exchange(n, distance))
         distance *= 2
     at = to
     for row in rows:
@@ -424,7 +409,7 @@ def _transpose(v: Vectors, unit, source, source_row, to, to_row):
         at = builder.add(at, to_row)
 
 
-def _exchange(n: int, inner: int, distance: int) -> tuple[list[int], list[int]]:
+def _exchange(n: int, distance: int) -> tuple[list[int], list[int]]:
     """Which lanes of two rows (the second row's from n on) make the two rows after an exchange at a distance."""
     low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
     high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
@@ -476,10 +461,6 @@ vector_length = _define(0, lambda v, unit: ir.Constant(I64, v.lanes), lambda uni
 word_bytes = _define(0, lambda v, unit: ir.Constant(I64, v.bytes), lambda unit: types.intp)
 is_pairs = _define(0, lambda v, unit: ir.Constant(I64, int(unit == types.int32)), lambda unit: types.intp)
 accumulator = _define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulator)  # the unit of a unit's accumulators
-
-
-# -- Memory and calls
-# --------------------------------------------------------------------------------------------------------
 
 
 def _bytes_access(kind: ir.Type):
