@@ -45,7 +45,7 @@ if hasattr(os, "register_at_fork"):  # else a forked child may find it held by a
 
 def bind(problem: Problem) -> Bound:
     """Return the bound rules of a call, from memory if a like call was bound before."""
-    if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale > 0:
+    if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale >= LEAST_SCALE:
         return Bound(_NO_HOOKS, 0, 0, problem.scale / math.log(2), ())
     key = problem.key or problem.scale
     with _lock:
@@ -62,6 +62,7 @@ def bind(problem: Problem) -> Bound:
 
 
 MOST_RUNS = 512
+LEAST_SCALE = 2.0**-60  # for smaller ones the exponential's bound on differences of scores would not be finite
 _NO_HOOKS = (0,) * len(HOOKS)
 
 
@@ -107,7 +108,7 @@ def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Nod
     """Return the mask with all that modifiers exclude, and the modified score; None where there is nothing to do."""
     mask = None if problem.mask is None else problem.mask.formula(SYMBOLS, problem.sizes, binder)
     score = None
-    if problem.modifiers or problem.scale <= 0:  # a positive scale alone is part of the exponential
+    if problem.modifiers or problem.scale < LEAST_SCALE:  # larger ones alone are part of the exponential
         (scale,) = binder.bind((float(problem.scale),))
         score = symbol("s", "float") * scale
     for modifier in problem.modifiers:

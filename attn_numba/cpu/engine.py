@@ -156,7 +156,7 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         "q_at": local * depth * word, "out_at": local * width * word,
         "largest_at": states * word, "total_at": states * word, "rows_at": 4 * state_rows * word,
         "scores_at": group * strip * word, "pairs_at": group * strip * 2 if unit.pairs else 0,
-        "sums_at": VECTORS * lanes * word, "scratch_at": lanes * scratch_row * word,
+        "sums_at": VECTORS * lanes * word, "scratch_at": lanes * scratch_row * word, "ahead_at": 40,
         "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
         "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
         "spans_at": group // STRIP_ROWS * spans_row, "row_runs_at": 8 * local * run_count,

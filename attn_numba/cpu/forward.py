@@ -24,7 +24,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from attn_numba.cpu.keys import clear_marks, mark_rows, pack_tile
+from attn_numba.cpu.keys import clear_marks, mark_rows, pack_tile, plan_ahead
 from attn_numba.cpu.rows import clear, compiled, inlined, read_row, write_row
 from attn_numba.cpu.softmax import attend_rows, score_rows
 from attn_numba.cpu.state import call_of
@@ -34,6 +34,7 @@ from attn_numba.cpu.tiles import (
     claim,
     load_byte,
     load_number,
+    load_word,
     normalized,
     row_fill,
     store_number,
@@ -118,12 +119,18 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
                 normalized(number, row + at * word, to + at * word, left, factor, largest, inverse)
 
 
-@inlined
-def _attend(call, space, item, unit, strips, weights):
+@compiled
+def _place(call, item):
+    """Return block of rows, sequence, key head and set of query heads of an item; the last block comes first."""
     sets = call.B * call.Hk * call.head_sets
     block, rest = call.blocks - 1 - item // sets, item % sets
     b, rest = rest // (call.Hk * call.head_sets), rest % (call.Hk * call.head_sets)
-    hk, part = rest // call.head_sets, rest % call.head_sets
+    return block, b, rest // call.head_sets, rest % call.head_sets
+
+
+@inlined
+def _attend(call, space, state, item, unit, strips, weights):
+    block, b, hk, part = _place(call, item)
     served = call.H // call.Hk
     h0 = hk * served + part * call.set_heads
     heads = min(call.set_heads, served - part * call.set_heads)
@@ -137,12 +144,20 @@ def _attend(call, space, item, unit, strips, weights):
     _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     _reset(call, space, groups, unit)
     begin(strips, call, space, b, h0, groups, head_groups, i_first, i_end)
+    first = -1
     for j0 in range(0, call.N, call.key_tile):
         j1 = min(j0 + call.key_tile, call.N)
         union = clear_marks(call, space, groups, j0, j1, unit)
         if not mark(strips, call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
             continue
         special = pack_tile(call, space, union, b, hk, j0, j1, unit)
+        first = j0 if first < 0 else first
+        if j1 < call.N:
+            plan_ahead(call, space, item, b, hk, j1)
+        else:  # the next item nobody has claimed, if it is of the same rows of another head
+            following = load_word(state)
+            _, next_b, next_hk, _ = _place(call, following)
+            plan_ahead(call, space, following, next_b, next_hk, first)
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             rows = min(call.group_rows, i_end - i0)
@@ -220,7 +235,7 @@ def _work(state, number, unit, strips, weights):
         item = claim(state)
         if item >= call.items:
             return
-        _attend(call, space, item, unit, strips, weights)
+        _attend(call, space, state, item, unit, strips, weights)
 
 
 # One worker for each unit, for rows or strips, without and with weights; Numba's disk cache keeps them under their

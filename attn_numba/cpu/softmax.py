@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_numba.cpu.keys import NONE, SOME, run_end
+from attn_numba.cpu.keys import NONE, SOME, look_ahead, run_end
 from attn_numba.cpu.rows import clear, compiled, read_row
 from attn_numba.cpu.tiles import (
     CHAIN_VECTORS,
@@ -128,6 +128,7 @@ def _products(call, space, queries, first, end, rows, unit):
         vectors = min((end - column + lanes - 1) // lanes, VECTORS)
         for r in range(0, tiled, TILE_ROWS):
             a, to = queries + r * depth * word, strip + r * length * word
+            look_ahead(call, space)
             if vectors == 3:
                 score_tile_3(unit, a, depth, packed, keys_row, to, length, chain)
             elif vectors == 2:

@@ -87,6 +87,7 @@ class Layout(NamedTuple):
     pairs_at: int  # weights as bfloat16, if operands are pairs
     sums_at: int
     scratch_at: int
+    ahead_at: int  # the keys and values to ask for before their turn: two addresses, two steps and how many more
     keys_at: int
     values_at: int
     kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees

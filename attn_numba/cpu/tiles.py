@@ -212,7 +212,7 @@ def _weights(count: int):
         to = builder.add(weights, builder.mul(loop.index, ir.Constant(I64, 2 if unit == types.int32 else v.bytes)))
         new = []
         for n in range(count):
-            weight = v.exp2_nonpositive(builder.fmul(builder.fsub(v.load(at, n * step), shifts), factors))
+            weight = v.exp2_product(builder.fsub(v.load(at, n * step), shifts), factors)
             new.append(builder.fadd(loop.values[n], weight))
             if unit == types.int32:
                 brain = builder.fptrunc(weight, ir.VectorType(BFloat(), v.lanes))
@@ -228,7 +228,7 @@ def _weights(count: int):
 def _normalized(v: Vectors, unit, row, to, count, factor, shift, inverse):
     builder = v.builder
     score = v.load(row)
-    weight = v.exp2_nonpositive(builder.fmul(builder.fsub(score, v.splat(shift)), v.splat(factor)))
+    weight = v.exp2_product(builder.fsub(score, v.splat(shift)), v.splat(factor))
     weight = builder.fmul(weight, v.splat(inverse))
     excluded = builder.fcmp_ordered("==", score, v.constant(-math.inf))
     v.store_first(builder.select(excluded, v.constant(0.0), weight), to, count)
@@ -278,7 +278,7 @@ def _advance_rows(v: Vectors, unit, tops, largest, shifts, shrinks, rows, factor
     shift = builder.select(builder.fcmp_ordered(">", new, v.constant(-math.inf)), new, v.constant(0.0))
     v.store(new, largest, offset)
     v.store(shift, shifts, offset)
-    v.store(v.exp2_nonpositive(builder.fmul(builder.fsub(old, shift), v.splat(factor))), shrinks, offset)
+    v.store(v.exp2_product(builder.fsub(old, shift), v.splat(factor)), shrinks, offset)
     loop.close([])
 
 
@@ -487,7 +487,7 @@ def _bytes_access(kind: ir.Type):
 
 load_byte, store_byte = _bytes_access(ir.IntType(8))
 load_int32, store_int32 = _bytes_access(I32)
-load_word, _ = _bytes_access(I64)
+load_word, store_word = _bytes_access(I64)
 
 
 @intrinsic

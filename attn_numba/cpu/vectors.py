@@ -29,7 +29,9 @@ EXP2_COEFFICIENTS = {
 # 2**f - 1 = c1 f + c2 f**2 on [-1/64, 1/64]: Taylor terms, c1 with three quarters of the cubic one at the ends; error
 # 5e-8.
 EXP2_NEAR_ZERO = (0.69314718055994531 + 0.75 * 0.05550410866482158 / 64**2, 0.24022650695910072)
-EXP2_TABLE = tuple(np.exp2(np.arange(32) / 32).astype(np.float32).tolist())
+_STEPS = np.arange(32, dtype=np.int32)
+# 2**(k / 32), less what k itself adds when it is shifted to the exponent's place with the rest
+EXP2_TABLE = tuple((np.exp2(_STEPS / 32).astype(np.float32).view(np.int32) - (_STEPS << 18)).view(np.float32).tolist())
 
 
 class BFloat(ir.Type):
@@ -129,8 +131,10 @@ class Vectors:
 
     def at_least(self, x: ir.Value, low: float) -> ir.Value:
         """Return max(x, low), NaN where x is NaN."""
-        bound = self.like(x, low)
-        return self.builder.select(self.builder.fcmp_ordered("<", x, bound), bound, x)
+        return self._at_least(x, self.like(x, low))
+
+    def _at_least(self, x: ir.Value, low: ir.Value) -> ir.Value:
+        return self.builder.select(self.builder.fcmp_ordered("<", x, low), low, x)
 
     def at_most(self, x: ir.Value, high: float) -> ir.Value:
         """Return min(x, high), NaN where x is NaN."""
@@ -147,41 +151,39 @@ class Vectors:
             result = self.fma(result, x, self.like(x, c))
         return result
 
-    def exp2_nonpositive(self, x: ir.Value) -> ir.Value:
-        """Return 2**x for x up to about 100: exactly 0 from -127 (double: -1023) down, NaN stays NaN.
+    def exp2_product(self, x: ir.Value, factor: ir.Value) -> ir.Value:
+        """Return 2**(x * factor) for products up to about 100 and a factor above 0: exactly 0 from -127 (double: -1023)
+        down, NaN stays NaN.
 
-        Adding 1.5 * 2**23 (2**52) rounds to an integer, whose low bits, with the exponent's bias added, are then in
-        place to be shifted into an exponent; NaN passes through the polynomial, whose product keeps it.
+        Adding 1.5 * 2**23 (2**52) rounds the product to an integer, whose low bits, with the exponent's bias added, are
+        then in place to be shifted into an exponent; what is left of the product comes from a second fused
+        multiply-add, so that it is never rounded by itself. NaN passes through the polynomial, whose product keeps it.
         """
-        if self.number == FLOAT and self.lanes == 16 and isinstance(x.type, ir.VectorType):
-            return self._exp2_by_table(x)
-        builder = self.builder
+        by_table = self.number == FLOAT and self.lanes == 16 and isinstance(x.type, ir.VectorType)
         mantissa, bias = (52, 1023) if self.number == DOUBLE else (23, 127)
-        magic = 1.5 * 2.0**mantissa + bias
-        x = self.at_least(x, float(-bias))
-        shifted = builder.fadd(x, self.like(x, magic))
-        fraction = builder.fsub(x, builder.fsub(shifted, self.like(x, magic)))
+        x = self._at_least(x, self.builder.fdiv(self.like(x, float(-bias)), factor))
+        # by table the last bit is worth 1 / 32
+        magic = self.like(x, 1.5 * 2.0**18 if by_table else 1.5 * 2.0**mantissa + bias)
+        shifted = self.fma(x, factor, magic)
+        fraction = self.fma(x, factor, self.builder.fsub(magic, shifted))
         kind = self.integers if isinstance(x.type, ir.VectorType) else self.integer
-        exponent = builder.shl(builder.bitcast(shifted, kind), self.like_integer(x, mantissa))
-        return builder.fmul(
-            self.polynomial(fraction, EXP2_COEFFICIENTS[self.number]), builder.bitcast(exponent, x.type)
-        )
+        bits = self.builder.bitcast(shifted, kind)
+        if by_table:
+            return self._exp2_by_table(bits, fraction)
+        exponent = self.builder.bitcast(self.builder.shl(bits, self.like_integer(x, mantissa)), x.type)
+        return self.builder.fmul(self.polynomial(fraction, EXP2_COEFFICIENTS[self.number]), exponent)
 
-    def _exp2_by_table(self, x: ir.Value) -> ir.Value:
-        """Return the same where a permutation of two registers looks up 2**(k / 32).
+    def _exp2_by_table(self, bits: ir.Value, fraction: ir.Value) -> ir.Value:
+        """Return 2**(n + k / 32 + fraction), n and k in the low bits of `bits`.
 
-        X = n + k / 32 + f, and f needs degree 2 only.
-
-        The exponent n goes into the table's number by integer addition, which NaN never meets: it arrives with f.
+        A permutation of two registers looks up 2**(k / 32); the fraction needs degree 2 only. The exponent n goes into
+        the table's number by integer addition, which NaN never meets: it arrives with the fraction. That addition
+        brings the bits of k with it, which the table therefore lacks.
         """
         builder = self.builder
-        x = self.at_least(x, -127.0)
-        shifted = builder.fadd(x, self.constant(1.5 * 2.0**18))  # the last bit is worth 1 / 32
-        fraction = builder.fsub(x, builder.fsub(shifted, self.constant(1.5 * 2.0**18)))
-        bits = builder.bitcast(shifted, self.integers)
         low, high = (ir.Constant(self.vector, list(EXP2_TABLE[n : n + 16])) for n in (0, 16))
         entry = self.call("llvm.x86.avx512.vpermi2var.ps.512", self.vector, low, bits, high)
-        exponent = builder.and_(builder.shl(bits, self.integer_constant(18)), self.integer_constant(-(2**23)))
+        exponent = builder.shl(bits, self.integer_constant(18))
         scaled = builder.bitcast(builder.add(builder.bitcast(entry, self.integers), exponent), self.vector)
         linear, square = EXP2_NEAR_ZERO
         above = builder.fmul(self.fma(self.constant(square), fraction, self.constant(linear)), fraction)
