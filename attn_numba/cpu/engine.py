@@ -9,10 +9,13 @@ import numpy as np
 
 from attn_numba.cpu.binding import bind
 from attn_numba.cpu.forward import WORKERS
+from attn_numba.cpu.keys import AHEAD_HEAD
 from attn_numba.cpu.launch import compile_worker, run
 from attn_numba.cpu.state import Call, Layout, state_of
+from attn_numba.cpu.strip_tiles import SLOT_BYTES, STRIP_ROWS
+from attn_numba.cpu.strips import STRIP_BYTES
 from attn_numba.cpu.target import target
-from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, HALF_FLOAT, SAME, STRIP_ROWS, TILE_ROWS, VECTORS
+from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, HALF_FLOAT, SAME, TILE_ROWS, VECTORS
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
 from attn_numba.rules import Sizes
@@ -20,9 +23,11 @@ from attn_numba.rules import Sizes
 GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
 
 BLOCK_ROWS = 512  # rows of an item, which share the packed keys
+STRIPS_BLOCK_ROWS = 2048  # the same where each row sees few of them
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
+KEPT_BYTES = 16_000_000  # workspaces up to so much are kept for the next call
 SMALL = 4_000_000  # multiply-adds below which a second thread costs more than it gives
 
 
@@ -86,7 +91,7 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     unit = unit_of(problem.dtype, problem.dropout is not None)
     most_threads = thread_count()[0] if _multiply_adds(problem.sizes) > SMALL else 1
     plan = plan_of(unit, problem.sizes, most_threads, _in_place(problem, unit), bound.run_count)
-    workspace = np.empty(plan.layout.workspace_bytes * plan.threads + 64, np.uint8)
+    workspace = _borrow(plan.layout.workspace_bytes * plan.threads + 64)
     sink = _sink(problem)
     q, k, v = problem.q, problem.k, problem.v
     call = Call(
@@ -98,6 +103,20 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
     keep = (state, workspace, sink, bound, q, k, v, out, lse, weights)
     worker = compile_worker(WORKERS[unit.name, bound.run_count > 0, weights is not None])
     run(worker, _address(state), plan.threads, keep)
+    if workspace.nbytes <= KEPT_BYTES:  # all workers have ended
+        _spare.append(workspace)
+
+
+_spare: list[np.ndarray] = []  # workspaces for later calls: new memory costs a call a tenth of a millisecond
+
+
+def _borrow(size: int) -> np.ndarray:
+    """Return memory that no call uses."""
+    try:
+        found = _spare.pop()
+    except IndexError:
+        return np.empty(size, np.uint8)
+    return found if found.nbytes >= size else np.empty(size, np.uint8)
 
 
 def prepare(dtype: str) -> None:
@@ -133,11 +152,9 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
     depth = (D + 1) // 2 if unit.pairs else D
     padded, width = _up(depth, lanes), _up(E, lanes)
     tile = key_tile(unit, padded, width)
-    spans_row = 8 * (1 + run_count + tile // (CHAIN_VECTORS * lanes))
-    pieces_row = 8 * (1 + tile // lanes + run_count) if run_count else 0
-
     group = M if M <= 2 and not run_count else min(GROUP_ROWS, _up(M, max(TILE_ROWS, STRIP_ROWS)))
-    rows = _block_rows(B * Hk, H // Hk, M, group, most_threads)
+    most_rows = STRIPS_BLOCK_ROWS if run_count else BLOCK_ROWS
+    rows = _block_rows(B * Hk, H // Hk, M, most_rows, group, most_threads)
     blocks = -(-M // rows)
     served = H // Hk
     set_heads = max(1, min(served, rows // _up(M, group))) if blocks == 1 else 1
@@ -147,6 +164,12 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
     local = set_heads * _up(min(M, rows), group)  # rows of the workspace
     state_rows = _up(group, lanes)
     states = local // group * state_rows
+    chains = tile // (CHAIN_VECTORS * lanes)
+    # Rows of a strip begin and end a run less than a vector apart: two slots more than in one row, in each chain.
+    slots = tile // lanes + 3 * (run_count + chains) | 1 if run_count else 0
+    marks = (local // group + 1) * (tile // lanes)
+    runs_row = 2 * _up(4 * run_count, 64)
+    slots_head = _up(4 * chains, SLOT_BYTES)
     columns = min(tile, _up(N, lanes))
     # Rows of whole vectors, an odd number of them, fall into different cache sets.
     strip = columns + (VECTORS + (columns // lanes + VECTORS + 1) % 2) * lanes
@@ -156,12 +179,14 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         "q_at": local * depth * word, "out_at": local * width * word,
         "largest_at": states * word, "total_at": states * word, "rows_at": 4 * state_rows * word,
         "scores_at": group * strip * word, "pairs_at": group * strip * 2 if unit.pairs else 0,
-        "sums_at": VECTORS * lanes * word, "scratch_at": lanes * scratch_row * word, "ahead_at": 40,
+        "sums_at": VECTORS * lanes * word, "scratch_at": lanes * scratch_row * word,
+        "ahead_at": AHEAD_HEAD + 8 * (tile // lanes),
         "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
-        "kinds_at": (local // group + 1) * (tile // lanes), "runs_at": 8 * (tile // lanes),
-        "spans_at": group // STRIP_ROWS * spans_row, "row_runs_at": 8 * local * run_count,
-        "hulls_at": 8 * (local // group), "pieces_at": group * pieces_row,
-        "kept_at": group * pieces_row // 8 * lanes * word,
+        "marks_at": 2 * marks, "runs_at": 8 * (tile // lanes),
+        "row_runs_at": local * runs_row, "together_at": local * runs_row, "hulls_at": 8 * (local // group),
+        "strips_at": local // group * STRIP_BYTES * (group + 1),
+        "slots_at": group // STRIP_ROWS * (slots_head + SLOT_BYTES * slots),
+        "packed_at": group * slots * lanes * word,
         "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
     found, size = {}, 0
@@ -172,7 +197,9 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows,
         "group_rows": group, "key_tile": tile, "state_rows": state_rows, "keys_row": keys_row,
         "strip_row": strip, "run_count": run_count,
-        "pieces_row": pieces_row, "spans_row": spans_row,
+        "marks_bytes": marks, "runs_row": runs_row,
+        "strips_row": STRIP_BYTES * (group + 1), "slots_row": slots_head + SLOT_BYTES * slots, "slots_head": slots_head,
+        "slots_most": slots, "packed_row": slots * lanes,
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place),
         "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
@@ -184,9 +211,9 @@ def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.__array_interface__["data"][0]
 
 
-def _block_rows(key_heads: int, served: int, M: int, group: int, threads: int) -> int:
+def _block_rows(key_heads: int, served: int, M: int, most: int, group: int, threads: int) -> int:
     """Rows of an item: many, to share the packed keys, but enough items to go round."""
-    rows = _up(min(M, BLOCK_ROWS), group)
+    rows = _up(min(M, most), group)
     while rows > group and key_heads * served * -(-M // rows) < 4 * threads:
         rows = max(group, rows // 2 // group * group)
     return rows

@@ -128,6 +128,22 @@ def _place(call, item):
     return block, b, rest // call.head_sets, rest % call.head_sets
 
 
+@compiled
+def _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0, unit):
+    """Mark what the item sees of the tile at `j0`, or else of the next of which it sees something.
+
+    Return that tile's first key, N if there is none.
+    """
+    lanes = vector_length(unit)
+    while j0 < call.N:
+        j1 = min(j0 + call.key_tile, call.N)
+        clear_marks(marks + groups * (call.key_tile // lanes), j1 - j0, lanes)
+        if mark(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+            return j0
+        j0 = j1
+    return call.N
+
+
 @inlined
 def _attend(call, space, state, item, unit, strips, weights):
     block, b, hk, part = _place(call, item)
@@ -143,27 +159,25 @@ def _attend(call, space, state, item, unit, strips, weights):
     values = call.v + b * call.v_b + hk * call.v_h
     _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     _reset(call, space, groups, unit)
-    begin(strips, call, space, b, h0, groups, head_groups, i_first, i_end)
-    first = -1
-    for j0 in range(0, call.N, call.key_tile):
+    begin(strips, call, space, b, h0, groups, head_groups, i_first, i_end, unit)
+    marks, spare = space + call.marks_at, space + call.marks_at + call.marks_bytes
+    j0 = first = _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, 0, unit)
+    while j0 < call.N:
         j1 = min(j0 + call.key_tile, call.N)
-        union = clear_marks(call, space, groups, j0, j1, unit)
-        if not mark(strips, call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
-            continue
-        special = pack_tile(call, space, union, b, hk, j0, j1, unit)
-        first = j0 if first < 0 else first
-        if j1 < call.N:
-            plan_ahead(call, space, item, b, hk, j1)
-        else:  # the next item nobody has claimed, if it is of the same rows of another head
-            following = load_word(state)
-            _, next_b, next_hk, _ = _place(call, following)
-            plan_ahead(call, space, following, next_b, next_hk, first)
+        special = pack_tile(call, space, marks + groups * most, b, hk, j0, j1, unit)
+        following = _seen_tile(strips, call, space, spare, b, h0, groups, head_groups, i_first, i_end, j1, unit)
+        if following < call.N:
+            plan_ahead(call, space, spare + groups * most, b, hk, following, unit)
+        else:  # of the next item that nobody has claimed, if it is of the same rows of another head
+            _, next_b, next_hk, _ = _place(call, min(load_word(state), call.items - 1))
+            plan_ahead(call, space, marks + groups * most, next_b, next_hk, first, unit)
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             rows = min(call.group_rows, i_end - i0)
-            kinds = space + call.kinds_at + g * most
+            kinds = marks + g * most
             queries = space + call.q_at + g * call.group_rows * call.depth * word_bytes(unit)
             attend(strips, call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit)
+        marks, spare, j0 = spare, marks, following
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         rows = min(call.group_rows, i_end - i0)
@@ -172,7 +186,7 @@ def _attend(call, space, state, item, unit, strips, weights):
 
 
 @compiled
-def _begin_rows(call, space, b, h0, groups, head_groups, i_first, i_end):
+def _begin_rows(call, space, b, h0, groups, head_groups, i_first, i_end, unit):
     """Do nothing: rows learn what they see tile by tile."""
 
 
@@ -185,19 +199,18 @@ def _no_weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_
 def _weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
     """Compute the scores a second time, now that each row's maximum and total are known, and write the weights."""
     most = call.key_tile // vector_length(unit)
-    for j0 in range(0, call.N, call.key_tile):
+    marks = space + call.marks_at
+    j0 = _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, 0, unit)
+    while j0 < call.N:
         j1 = min(j0 + call.key_tile, call.N)
-        union = clear_marks(call, space, groups, j0, j1, unit)
-        if not mark(strips, call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
-            continue
-        pack_tile(call, space, union, b, hk, j0, j1, unit)
+        pack_tile(call, space, marks + groups * most, b, hk, j0, j1, unit)
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             rows = min(call.group_rows, i_end - i0)
-            kinds = space + call.kinds_at + g * most
             queries = space + call.q_at + g * call.group_rows * call.depth * word_bytes(unit)
-            if score(strips, call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
-                _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit)
+            if score(strips, call, space, marks + g * most, queries, b, h, i0, g, rows, j0, j1, unit):
+                _write_weights(call, space, marks + g * most, b, h, i0, g, rows, j0, j1, unit)
+        j0 = _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, j1, unit)
 
 
 # A process compiles what it uses and no more: the type of a first argument says, when a caller is compiled, which of

@@ -514,22 +514,28 @@ def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None
 
 
 def emit_runs(module, name, number, params, first: Node, end: Node) -> None:
-    """Emit a hook that lists the stretches of keys (rows of k) that a query sees, as pairs of int32 (first, end).
+    """Emit a hook that lists the stretches of keys (rows of k) that a query sees, as int32: first ones, then ends.
 
-    name(b, h, row of q, number of stretches, address to write to, parameter block).
+    name(b, h, row of q, number of stretches, address to write to, bytes from first ones to ends, parameter block).
+    Whole vectors are written.
     """
-    hook = Hook(module, name, 6, False, number, params)
+    hook = Hook(module, name, 7, False, number, params)
     builder = hook.builder
-    b, h, i, count, to, _ = hook.function.args
+    b, h, i, count, to, apart, _ = hook.function.args
     b, h = hook.small(b), hook.small(h)
     offsets = hook.offsets(b)
     symbols = _row_symbols(hook, b, h, hook.small(i), offsets)
-    loop = Loop(builder, count, 1, [])
-    emit = hook.emitter({**symbols, "n": hook.small(loop.index)})
-    at = builder.add(to, builder.mul(loop.index, ir.Constant(I64, 8)))
-    for offset, node in ((0, first), (4, end)):
-        emit.store(builder.sub(emit.value(node), offsets[1]), at, offset)
-    loop.close([])
+    ends = builder.add(to, apart)
+
+    def body(at, n, masked, values):
+        emit = hook.emitter({**symbols, "n": n}, masked)
+        offset = emit.splat(offsets[1])
+        place = builder.mul(at, ir.Constant(I64, 4))
+        for start, node in ((to, first), (ends, end)):
+            emit.store(builder.sub(emit.vector_of(node), offset), start, place)
+        return values
+
+    hook.each_vector(ir.Constant(I64, 0), count, body, [])
     builder.ret_void()
 
 

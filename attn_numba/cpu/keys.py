@@ -14,6 +14,7 @@ from attn_numba.cpu.tiles import (
     interleave,
     is_pairs,
     load_byte,
+    load_int32,
     load_word,
     prefetch,
     row_is_finite,
@@ -26,7 +27,10 @@ from attn_numba.cpu.tiles import (
 )
 
 NONE, SOME, ALL = 0, 1, 2  # what the tile hook answers
-AHEAD_BYTES = 512  # of keys, and of values, to ask for between two register tiles
+AHEAD_BYTES = 1024  # of keys, and of values, to ask for between two register tiles
+# Before the runs to ask for stand: addresses of the next key and value, keys left in their run, number of the run that
+# follows, number of runs, addresses of the tile's first key and value, keys to ask for at a time.
+AHEAD_HEAD = 64
 
 
 @compiled
@@ -127,29 +131,46 @@ def _find_special(call, space, values, j0, j1, column, count, unit):
 
 
 @compiled
-def mark_rows(call, space, union, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
-    """Classify the tile for all groups; mark the vectors of keys that any of them sees; return 0 if none does."""
+def mark_rows(call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+    """Classify the tile for all groups; mark the vectors of keys that any of them sees; return 0 if none does.
+
+    `marks` is the address of a byte for each group and vector, and of one more row of bytes for what any group sees.
+    """
     lanes = vector_length(unit)
     most = call.key_tile // lanes
-    kinds = space + call.kinds_at
+    union = marks + groups * most
     seen = 0
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         i1 = min(i0 + call.group_rows, i_end)
-        seen |= _classify(call, kinds + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
+        seen |= _classify(call, marks + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
         for n in range((j1 - j0 + lanes - 1) // lanes):
-            store_byte(union + n, load_byte(union + n) | load_byte(kinds + g * most + n))
+            store_byte(union + n, load_byte(union + n) | load_byte(marks + g * most + n))
     return seen
 
 
 @compiled
-def clear_marks(call, space, groups, j0, j1, unit):
-    """Mark no vector of the tile as seen; return where the marks are."""
-    lanes = vector_length(unit)
-    union = space + call.kinds_at + groups * (call.key_tile // lanes)
-    for n in range((j1 - j0 + lanes - 1) // lanes):
+def clear_marks(union, columns, lanes):
+    """Mark no vector of a tile as seen by any group."""
+    for n in range((columns + lanes - 1) // lanes):
         store_byte(union + n, NONE)
-    return union
+
+
+@compiled
+def list_runs(runs, kinds, columns, lanes):
+    """List the stretches of keys that are seen, as pairs (first, end) from whole vectors on; return their number."""
+    vectors = (columns + lanes - 1) // lanes
+    count = n = 0
+    while n < vectors:
+        if load_byte(kinds + n):
+            store_int32(runs + 8 * count, n * lanes)
+            while n < vectors and load_byte(kinds + n):
+                n += 1
+            store_int32(runs + 8 * count + 4, min(n * lanes, columns))
+            count += 1
+        else:
+            n += 1
+    return count
 
 
 @compiled
@@ -174,36 +195,43 @@ def pack_tile(call, space, union, b, hk, j0, j1, unit):
 
 
 @compiled
-def plan_ahead(call, space, item, b, hk, j0):
-    """Note that the tile of keys from `j0` on is what this worker will probably pack next; there is none if the item
-    does not exist.
-    """
+def plan_ahead(call, space, union, b, hk, j0, unit):
+    """Note the marked keys of the tile from `j0` on as what this worker will pack next."""
     at = space + call.ahead_at
     together = max(AHEAD_BYTES // max(abs(call.k_j), abs(call.v_j), 1), 1)  # keys, in rows that lie side by side
-    store_word(at, call.k + b * call.k_b + hk * call.k_h + j0 * call.k_j)
-    store_word(at + 8, call.v + b * call.v_b + hk * call.v_h + j0 * call.v_j)
-    store_word(at + 16, together * call.k_j)
-    store_word(at + 24, together * call.v_j)
-    store_word(at + 32, min(call.key_tile, call.N - j0) // together if item < call.items else 0)
+    store_word(at + 16, 0)
+    store_word(at + 24, 0)
+    store_word(at + 32, list_runs(at + AHEAD_HEAD, union, min(call.key_tile, call.N - j0), vector_length(unit)))
+    store_word(at + 40, call.k + b * call.k_b + hk * call.k_h + j0 * call.k_j)
+    store_word(at + 48, call.v + b * call.v_b + hk * call.v_h + j0 * call.v_j)
+    store_word(at + 56, together)
 
 
 @compiled
 def look_ahead(call, space):
     """Ask for some more keys and values of the tile that comes next.
 
-    Done between register tiles, this hides the way from memory, which takes 2 to 4 % of a call if it is waited for.
-    As much each time, for a branch that is guessed wrong would cost more.
+    Done between register tiles, this hides the way from memory, which takes 2 to 4 % of a call if it is waited for, and
+    15 % under sparse masks. As much each time, for a branch that is guessed wrong would cost more.
     """
     at = space + call.ahead_at
-    left = load_word(at + 32)
+    left = load_word(at + 16)
     if left > 0:
-        key, value = load_word(at), load_word(at + 8)
+        key, value, together = load_word(at), load_word(at + 8), load_word(at + 56)
         for line in range(0, AHEAD_BYTES, 64):
             prefetch(key + line)
             prefetch(value + line)
-        store_word(at, key + load_word(at + 16))
-        store_word(at + 8, value + load_word(at + 24))
-        store_word(at + 32, left - 1)
+        store_word(at, key + together * call.k_j)
+        store_word(at + 8, value + together * call.v_j)
+        store_word(at + 16, left - together)
+        return
+    run = load_word(at + 24)
+    if run < load_word(at + 32):
+        first, end = load_int32(at + AHEAD_HEAD + 8 * run), load_int32(at + AHEAD_HEAD + 8 * run + 4)
+        store_word(at, load_word(at + 40) + first * call.k_j)
+        store_word(at + 8, load_word(at + 48) + first * call.v_j)
+        store_word(at + 16, end - first)
+        store_word(at + 24, run + 1)
 
 
 @compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attn_numba.cpu.keys import NONE, SOME, look_ahead, run_end
+from attn_numba.cpu.keys import NONE, SOME, list_runs, look_ahead, run_end
 from attn_numba.cpu.rows import clear, compiled, read_row
 from attn_numba.cpu.tiles import (
     CHAIN_VECTORS,
@@ -52,23 +52,6 @@ def _tiled_rows(rows):
     """
     over = rows % TILE_ROWS
     return rows - over + (TILE_ROWS if over > 2 else 0)
-
-
-@compiled
-def list_runs(runs, kinds, columns, lanes):
-    """List the stretches of keys that are seen, as pairs (first, end) from whole vectors on; return their number."""
-    vectors = (columns + lanes - 1) // lanes
-    count = n = 0
-    while n < vectors:
-        if load_byte(kinds + n):
-            store_int32(runs + 8 * count, n * lanes)
-            while n < vectors and load_byte(kinds + n):
-                n += 1
-            store_int32(runs + 8 * count + 4, min(n * lanes, columns))
-            count += 1
-        else:
-            n += 1
-    return count
 
 
 @compiled
@@ -209,15 +192,37 @@ def _row_to_weights(row, weights, sums, runs, count, factor, shift, unit):
 
 
 @compiled
+def advance(call, space, g, rows, unit):
+    """Move the rows' running maximum on to the largest scores of a tile."""
+    number, word = accumulator(unit), word_bytes(unit)
+    tops = space + call.rows_at
+    shifts, shrinks = tops + call.state_rows * word, tops + 2 * call.state_rows * word
+    largest = space + call.largest_at + g * call.state_rows * word
+    advance_rows(number, tops, largest, shifts, shrinks, rows, type(number)(call.factor))
+
+
+@compiled
+def rescale(call, space, g, rows, unit):
+    """Shrink what the rows have summed so far to their new maximum; add the tile's sums of weights."""
+    number, word = accumulator(unit), word_bytes(unit)
+    shrinks = space + call.rows_at + 2 * call.state_rows * word
+    added, totals = shrinks + call.state_rows * word, space + call.total_at + g * call.state_rows * word
+    for r in range(rows):
+        shrink = load_number(number, shrinks + r * word)
+        if shrink != 1.0 and load_number(number, totals + r * word) != 0.0:
+            out = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
+            row_scale(number, out, call.value_width, shrink)
+    gather_totals(number, totals, shrinks, added, rows)
+
+
+@compiled
 def softmax(call, space, runs, count, g, rows, unit):
     """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
     strip, length = space + call.scores_at, call.strip_row
-    state = g * call.state_rows * word
     tops = space + call.rows_at
-    shifts, shrinks = tops + call.state_rows * word, tops + 2 * call.state_rows * word
-    added = tops + 3 * call.state_rows * word
+    shifts, added = tops + call.state_rows * word, tops + 3 * call.state_rows * word
     for r in range(rows):
         top = type(number)(-np.inf)
         for run in range(count):
@@ -225,20 +230,15 @@ def softmax(call, space, runs, count, g, rows, unit):
             columns = (end - first + lanes - 1) // lanes * lanes
             top = row_largest(number, strip + (r * length + first) * word, columns, top)
         store_number(number, tops + r * word, top)
-    factor = type(number)(call.factor)
-    advance_rows(number, tops, space + call.largest_at + state, shifts, shrinks, rows, factor)
-    sums = space + call.sums_at
+    advance(call, space, g, rows, unit)
+    factor, sums = type(number)(call.factor), space + call.sums_at
     for r in range(rows):
         row = strip + r * length * word
         weights = space + call.pairs_at + r * length * 2 if is_pairs(unit) else row
         clear(sums, VECTORS * lanes, unit)
         _row_to_weights(row, weights, sums, runs, count, factor, load_number(number, shifts + r * word), unit)
         store_number(number, added + r * word, row_total(number, sums))
-        shrink = load_number(number, shrinks + r * word)
-        if shrink != 1.0:
-            out = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
-            row_scale(number, out, call.value_width, shrink)
-    gather_totals(number, space + call.total_at + state, shrinks, added, rows)
+    rescale(call, space, g, rows, unit)
 
 
 @compiled
@@ -298,13 +298,8 @@ def add_special(call, space, values, local, rows, j0, special, unit):
 
 
 @compiled
-def attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit):
-    """Attend one group of rows to one tile of keys."""
-    runs = space + call.runs_at
-    count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
-    if not count:
-        return
-    scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+def weigh(call, space, values, kinds, runs, count, b, h, i0, g, rows, j0, j1, special, unit):
+    """Turn a group's scores of a tile into weights, and add the weighted values."""
     if special:
         note_seen(call, space, kinds, rows, special, unit)
     softmax(call, space, runs, count, g, rows, unit)
@@ -317,9 +312,18 @@ def attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, 
 
 
 @compiled
+def attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit):
+    """Attend one group of rows to one tile of keys."""
+    count = score_rows(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit)
+    if count:
+        weigh(call, space, values, kinds, space + call.runs_at, count, b, h, i0, g, rows, j0, j1, special, unit)
+
+
+@compiled
 def score_rows(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
-    """Fill the group's scores of a tile; return 0 if it sees nothing of it."""
+    """Fill the group's scores of a tile; return the number of stretches of keys that it sees."""
     runs = space + call.runs_at
     count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
-    scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+    if count:
+        scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
     return count

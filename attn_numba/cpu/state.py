@@ -87,18 +87,24 @@ class Layout(NamedTuple):
     pairs_at: int  # weights as bfloat16, if operands are pairs
     sums_at: int
     scratch_at: int
-    ahead_at: int  # the keys and values to ask for before their turn: two addresses, two steps and how many more
+    ahead_at: int  # the keys and values to ask for before their turn, see `keys.look_ahead`
     keys_at: int
     values_at: int
-    kinds_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees
+    marks_at: int  # byte (group, vector of keys): NONE, SOME, ALL; one more row for what any group sees; twice
+    marks_bytes: int  # of one of the two: the tile at work and the next one
     runs_at: int  # int32 pairs: first and end of each stretch of keys that a group sees
-    spans_at: int  # for each strip: stretches of keys that its rows see, how many are done, then pairs (first, end)
-    spans_row: int  # bytes of one such list
-    row_runs_at: int  # int32 pairs (row, run): stretches of keys (rows of k) that each row sees
+    row_runs_at: int  # int32 lists: for each row the first keys of its runs (stretches of rows of k), then their ends
+    runs_row: int  # bytes of one such list
+    together_at: int  # like lists of what the rows of each strip see together
     hulls_at: int  # int32 pair for each group: first key that a row of it sees and end of the last stretch
-    pieces_at: int  # for each row of a group its number of pieces, then int32 pairs (column, width) of at most a vector
-    pieces_row: int  # bytes of one such list
-    kept_at: int  # the scores that the rows of a group see, side by side
+    strips_at: int  # for each group: number of its strips, then their records, see `strips.py`
+    strips_row: int  # bytes of one such list
+    slots_at: int  # for each strip at work: ends of its chains, then its slots, see `strip_tiles.py`
+    slots_row: int  # bytes of one such list
+    slots_head: int  # bytes before the slots
+    slots_most: int  # slots that fit
+    packed_at: int  # scores and weights of the strips at work, slot by slot
+    packed_row: int  # of them from one row to the next
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
 

@@ -48,7 +48,7 @@ def _addresses(count: int) -> tuple[types.Type, ...]:
     return (types.intp,) * count
 
 
-def _define(count: int, emit, result=None, tail=()):
+def define(count: int, emit, result=None, tail=()):
     """Return an intrinsic of (unit, `count` int64 arguments, numbers) that `emit(vectors, unit, *values)` emits.
 
     `result` is a function from the unit's type to the result's type, None for none; `tail` counts trailing
@@ -71,18 +71,17 @@ def _define(count: int, emit, result=None, tail=()):
     return intrinsic(namespace["function"])
 
 
-class _Operands:
+class Operands:
     """The rows of a register tile: of A and of C, row i begins i row lengths (in words) after the first."""
 
-    def __init__(self, v: Vectors, unit: types.Type, rows: int, vectors: int, a, a_row, b, b_row, c, c_row, apart=None):
+    def __init__(self, v: Vectors, unit: types.Type, rows: int, vectors: int, a, a_row, b, b_row, c, c_row):
         self.v, self.rows, self.vectors = v, rows, vectors
         self.pairs = unit == types.int32
         self.word = I32 if self.pairs else v.number
         self.size = ir.Constant(I64, v.bytes)
         self.a_rows, self.c_rows = self._addresses(a, a_row), self._addresses(c, c_row)
         self.b, self.b_step = b, v.builder.mul(b_row, self.size)
-        beside = [ir.Constant(I64, n * v.lanes * v.bytes) for n in range(vectors)]
-        self.columns = beside if apart is None else [beside[0], apart]  # in bytes, of B and of C
+        self.columns = [ir.Constant(I64, n * v.lanes * v.bytes) for n in range(vectors)]  # in bytes, of B and of C
 
     def _addresses(self, base: ir.Value, row: ir.Value) -> list[ir.Value]:
         step = self.v.builder.mul(row, self.size)
@@ -103,17 +102,22 @@ class _Operands:
             for n in range(self.vectors):
                 v.store(accumulators[i * self.vectors + n], row, self.columns[n])
 
-    def multiply_add(self, depth: ir.Value, accumulators: list[ir.Value]) -> list[ir.Value]:
-        """Add column `depth` of A times row `depth` of B: one chain of fused multiply-adds for each element of C."""
+    def multiply_add(
+        self, left: ir.Value, right: ir.Value, accumulators: list[ir.Value], columns: list[ir.Value] | None = None
+    ) -> list[ir.Value]:
+        """Add column `left` of A times row `right` of B: one chain of fused multiply-adds for each element of C.
+
+        `columns` says where B's vectors lie in its rows, in bytes, if not side by side.
+        """
         v, builder, new = self.v, self.v.builder, []
-        at = builder.add(self.b, builder.mul(depth, self.b_step))
-        rights = [v.load(at, column) for column in self.columns]
-        offset = builder.mul(depth, self.size)
+        at = builder.add(self.b, builder.mul(right, self.b_step))
+        rights = [v.load(at, column) for column in columns or self.columns]
+        offset = builder.mul(left, self.size)
         for i, row in enumerate(self.a_rows):
-            left = v.splat(v.load(row, offset, self.word), self.word)
-            for n, right in enumerate(rights):
+            number = v.splat(v.load(row, offset, self.word), self.word)
+            for n, vector in enumerate(rights):
                 old = accumulators[i * self.vectors + n]
-                new.append(self._dot(left, right, old) if self.pairs else v.fma(left, right, old))
+                new.append(self._dot(number, vector, old) if self.pairs else v.fma(number, vector, old))
         return new
 
     def _dot(self, left: ir.Value, right: ir.Value, old: ir.Value) -> ir.Value:
@@ -130,22 +134,11 @@ def _score_tile(rows: int, vectors: int):
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth):
-        tile = _Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
+        tile = Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
         loop = Loop(v.builder, depth, 1, tile.zeros())
-        tile.store(loop.close(tile.multiply_add(loop.index, loop.values)))
+        tile.store(loop.close(tile.multiply_add(loop.index, loop.index, loop.values)))
 
-    return _define(7, emit)
-
-
-def _score_pair(rows: int):
-    """As `_score_tile` with two vectors of columns, `apart` bytes from each other in B and in C."""
-
-    def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth, apart):
-        tile = _Operands(v, unit, rows, 2, a, a_row, b, b_row, c, c_row, apart)
-        loop = Loop(v.builder, depth, 1, tile.zeros())
-        tile.store(loop.close(tile.multiply_add(loop.index, loop.values)))
-
-    return _define(8, emit)
+    return define(7, emit)
 
 
 def _value_tile(rows: int, vectors: int):
@@ -158,7 +151,7 @@ def _value_tile(rows: int, vectors: int):
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, runs, count):
         builder = v.builder
-        tile = _Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
+        tile = Operands(v, unit, rows, vectors, a, a_row, b, b_row, c, c_row)
         run = Loop(builder, count, 1, tile.zeros())
         at = builder.add(runs, builder.mul(run.index, ir.Constant(I64, 8)))
         first, end = (builder.sext(v.load(at, offset, I32), I64) for offset in (0, 4))
@@ -166,22 +159,18 @@ def _value_tile(rows: int, vectors: int):
             one = ir.Constant(I64, 1)
             first, end = builder.ashr(first, one), builder.ashr(builder.add(end, one), one)
         loop = Loop(builder, builder.sub(end, first), 1, run.values)
-        new = loop.close(tile.multiply_add(builder.add(loop.index, first), loop.values))
+        at = builder.add(loop.index, first)
+        new = loop.close(tile.multiply_add(at, at, loop.values))
         sums = run.close(new)
         tile.store([builder.fadd(old, x) for old, x in zip(tile.load(), sums, strict=True)])
 
-    return _define(8, emit)
+    return define(8, emit)
 
 
 score_tile_3, score_tile_2, score_tile_1 = (_score_tile(TILE_ROWS, n) for n in (3, 2, 1))
 score_row_3, score_row_1 = (_score_tile(1, n) for n in (3, 1))
 value_tile_3, value_tile_2, value_tile_1 = (_value_tile(TILE_ROWS, n) for n in (3, 2, 1))
 value_row_3, value_row_2, value_row_1 = (_value_tile(1, n) for n in (3, 2, 1))
-
-# Strips of a few rows, for masks whose rows see short stretches of keys each.
-STRIP_ROWS = 4
-strip_scores_1, strip_scores_2 = _score_tile(STRIP_ROWS, 1), _score_pair(STRIP_ROWS)
-strip_values_2, strip_values_1 = (_value_tile(STRIP_ROWS, n) for n in (2, 1))
 
 
 def _row_largest(v: Vectors, unit, row, columns, start):
@@ -234,16 +223,6 @@ def _normalized(v: Vectors, unit, row, to, count, factor, shift, inverse):
     v.store_first(builder.select(excluded, v.constant(0.0), weight), to, count)
 
 
-def _row_sums(v: Vectors, unit, row, sums, columns):
-    builder = v.builder
-    step = v.lanes * v.bytes
-    loop = Loop(builder, columns, VECTORS * v.lanes, [v.load(sums, n * step) for n in range(VECTORS)])
-    at = builder.add(row, builder.mul(loop.index, ir.Constant(I64, v.bytes)))
-    new = [builder.fadd(loop.values[n], v.load(at, n * step)) for n in range(VECTORS)]
-    for n, total in enumerate(loop.close(new)):
-        v.store(total, sums, n * step)
-
-
 def _row_total(v: Vectors, unit, sums):
     builder = v.builder
     first = v.load(sums)
@@ -290,33 +269,22 @@ def _gather_totals(v: Vectors, unit, totals, shrinks, added, rows):
     loop.close([])
 
 
-def _keep_first(v: Vectors, unit, to, source, count, rest):
-    builder = v.builder
-    v.store(builder.select(v.first_lanes(count), v.load(source), v.splat(rest)), to)
-
-
-# one vector: its first `count` numbers, and `rest` in the other lanes
-keep_first = _define(3, _keep_first, tail=(0,))
-# the first `count` numbers of a vector; memory beyond them is left alone
-put_first = _define(3, lambda v, unit, to, source, count: v.store_first(v.load(source), to, count))
 # largest number of a row of scores (whole vectors) and `start`; NaN is passed over
-row_largest = _define(2, _row_largest, _accumulator, tail=(0,))
+row_largest = define(2, _row_largest, _accumulator, tail=(0,))
 # weights[j] = 2**((row[j] - shift) * factor), added lane by lane to the vectors of partial sums at `sums`; pairs:
 # stored as bfloat16.
 # The first takes whole triples of vectors, the second one vector.
-triples_to_weights, vector_to_weights = (_define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
+triples_to_weights, vector_to_weights = (define(4, _weights(n), tail=(0, 0)) for n in (VECTORS, 1))
 # the first `count` weights of a vector of scores, normalized; exactly 0 where the score is minus infinity
-normalized = _define(3, _normalized, tail=(0, 0, 0))
-# the same sums of weights that are there already; columns in whole triples of vectors
-row_sums = _define(3, _row_sums)
+normalized = define(3, _normalized, tail=(0, 0, 0))
 # the sum of those three vectors
-row_total = _define(1, _row_total, _accumulator)
-row_scale = _define(2, _row_scale, tail=(0,))
-row_fill = _define(2, _row_fill, tail=(0,))
+row_total = define(1, _row_total, _accumulator)
+row_scale = define(2, _row_scale, tail=(0,))
+row_fill = define(2, _row_fill, tail=(0,))
 # for a vector of rows at a time: the new maximum in place, what to subtract, and by how much earlier sums shrink
-advance_rows = _define(5, _advance_rows, tail=(0,))
+advance_rows = define(5, _advance_rows, tail=(0,))
 # total[r] = total[r] * shrink[r] + added[r]
-gather_totals = _define(4, _gather_totals)
+gather_totals = define(4, _gather_totals)
 
 
 def _widened(v: Vectors, bits: ir.Value, kind: int) -> ir.Value:
@@ -360,7 +328,7 @@ def _reader(kind: int, wide: bool):
             number = _widened(v, bits, kind)
         v.store(number, to)
 
-    return _define(2, emit)
+    return define(2, emit)
 
 
 read_vector, read_half_vector, read_brain_vector = (_reader(kind, True) for kind in (SAME, HALF_FLOAT, BRAIN_FLOAT))
@@ -378,7 +346,7 @@ def _writer(kind: int, wide: bool):
         number = builder.fmul(number, v.splat(factor) if wide else factor)
         v.store(number if kind == SAME else _narrowed(v, number, kind), to)
 
-    return _define(2, emit, tail=(0,))
+    return define(2, emit, tail=(0,))
 
 
 write_vector, write_half_vector, write_brain_vector = (_writer(kind, True) for kind in (SAME, HALF_FLOAT, BRAIN_FLOAT))
@@ -417,7 +385,7 @@ def _exchange(n: int, distance: int) -> tuple[list[int], list[int]]:
 
 
 # rows `source_row` bytes apart become columns of rows `to_row` bytes apart
-transpose = _define(4, _transpose)
+transpose = define(4, _transpose)
 
 
 def _row_is_finite(v: Vectors, unit, row, columns):
@@ -437,7 +405,7 @@ def _row_is_finite(v: Vectors, unit, row, columns):
     return builder.zext(builder.icmp_unsigned("==", whole, ir.Constant(whole.type, 0)), I64)
 
 
-row_is_finite = _define(2, _row_is_finite, lambda unit: types.intp)
+row_is_finite = define(2, _row_is_finite, lambda unit: types.intp)
 
 
 def _interleave(v: Vectors, unit, to, first, second, columns):
@@ -453,14 +421,14 @@ def _interleave(v: Vectors, unit, to, first, second, columns):
     loop.close([])
 
 
-interleave = _define(4, lambda v, unit, *a: _interleave(v, unit, *a) if unit == types.int32 else None)
+interleave = define(4, lambda v, unit, *a: _interleave(v, unit, *a) if unit == types.int32 else None)
 
-load_number = _define(1, lambda v, unit, at: v.load(at, kind=v.number), _accumulator)
-store_number = _define(1, lambda v, unit, at, x: v.store(x, at), tail=(0,))
-vector_length = _define(0, lambda v, unit: ir.Constant(I64, v.lanes), lambda unit: types.intp)
-word_bytes = _define(0, lambda v, unit: ir.Constant(I64, v.bytes), lambda unit: types.intp)
-is_pairs = _define(0, lambda v, unit: ir.Constant(I64, int(unit == types.int32)), lambda unit: types.intp)
-accumulator = _define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulator)  # the unit of a unit's accumulators
+load_number = define(1, lambda v, unit, at: v.load(at, kind=v.number), _accumulator)
+store_number = define(1, lambda v, unit, at, x: v.store(x, at), tail=(0,))
+vector_length = define(0, lambda v, unit: ir.Constant(I64, v.lanes), lambda unit: types.intp)
+word_bytes = define(0, lambda v, unit: ir.Constant(I64, v.bytes), lambda unit: types.intp)
+is_pairs = define(0, lambda v, unit: ir.Constant(I64, int(unit == types.int32)), lambda unit: types.intp)
+accumulator = define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulator)  # the unit of a unit's accumulators
 
 
 def _bytes_access(kind: ir.Type):
@@ -537,5 +505,6 @@ def _function_pointer(count: int, returns: bool):
 
 
 call_edit = _function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
-call_runs = _function_pointer(6, False)  # (b, h, row of q, number of runs, address to write to, parameters)
+# (b, h, row of q, number of runs, address to write to, bytes from first keys to ends, parameters)
+call_runs = _function_pointer(7, False)
 call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2

@@ -152,8 +152,9 @@ class Vectors:
         return result
 
     def exp2_product(self, x: ir.Value, factor: ir.Value) -> ir.Value:
-        """Return 2**(x * factor) for products up to about 100 and a factor above 0: exactly 0 from -127 (double: -1023)
-        down, NaN stays NaN.
+        """Return 2**(x * factor) for products up to about 100 and a factor above 0.
+
+        It is exactly 0 from -127 (double: -1023) down; NaN stays NaN.
 
         Adding 1.5 * 2**23 (2**52) rounds the product to an integer, whose low bits, with the exponent's bias added, are
         then in place to be shifted into an exponent; what is left of the product comes from a second fused
@@ -188,6 +189,23 @@ class Vectors:
         linear, square = EXP2_NEAR_ZERO
         above = builder.fmul(self.fma(self.constant(square), fraction, self.constant(linear)), fraction)
         return self.fma(scaled, above, scaled)
+
+    def rotate(self, x: ir.Value, by: ir.Value) -> ir.Value:
+        """Move each lane up by `by` (int64, less than the lanes), the last ones to the front."""
+        builder = self.builder
+        name = {(FLOAT, 16): "llvm.x86.avx512.permvar.sf.512", (DOUBLE, 8): "llvm.x86.avx512.permvar.df.512"}
+        if (self.number, self.lanes) in name:
+            lanes = ir.Constant(self.integers, list(range(self.lanes)))
+            by = by if self.integer == I64 else builder.trunc(by, I32)
+            return self.call(name[self.number, self.lanes], self.vector, x, builder.sub(lanes, self.splat(by)))
+        with builder.goto_entry_block():
+            twice = builder.alloca(ir.ArrayType(self.vector, 2))
+        start = builder.ptrtoint(twice, I64)
+        size = self.lanes * self.bytes
+        self.store(x, start)
+        self.store(x, start, size)
+        back = builder.mul(by, ir.Constant(I64, self.bytes))
+        return self.load(builder.sub(builder.add(start, ir.Constant(I64, size)), back))
 
     def fold(self, x: ir.Value, combine) -> ir.Value:
         """Combine all lanes of `x` in a fixed order into one number."""
