@@ -316,7 +316,7 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
     report["processor"] = {"machine": (platform.machine(), "platform")}
     report["cache"] = {}
     if available["cpu"][0]:
-        from attn_numba.cpu.launch import cache_folder
+        from attn_numba.cpu.compilation import cache_folder
         from attn_numba.cpu.target import target
 
         source = "NUMBA_CPU_NAME" if os.environ.get("NUMBA_CPU_NAME") else "the host, as LLVM knows it"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import NamedTuple
 
 import numpy as np
 
 from attn_numba.cpu.binding import bind
+from attn_numba.cpu.compilation import compile_worker
 from attn_numba.cpu.forward import WORKERS
 from attn_numba.cpu.keys import AHEAD_HEAD
-from attn_numba.cpu.launch import compile_worker, run
-from attn_numba.cpu.state import Call, Layout, state_of
+from attn_numba.cpu.launch import Team
+from attn_numba.cpu.state import Call, Layout, borrow, give_back, packed
 from attn_numba.cpu.strip_tiles import SLOT_BYTES, STRIP_ROWS
 from attn_numba.cpu.strips import STRIP_BYTES
 from attn_numba.cpu.target import target
@@ -27,8 +29,7 @@ STRIPS_BLOCK_ROWS = 2048  # the same where each row sees few of them
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
-KEPT_BYTES = 16_000_000  # workspaces up to so much are kept for the next call
-SMALL = 4_000_000  # multiply-adds below which a second thread costs more than it gives
+SMALL = 1_500_000
 
 
 class Unit(NamedTuple):
@@ -87,36 +88,23 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
         attention(wide, result, lse, weights)
         out[...] = result
         return
-    bound = bind(problem)
-    unit = unit_of(problem.dtype, problem.dropout is not None)
-    most_threads = thread_count()[0] if _multiply_adds(problem.sizes) > SMALL else 1
-    plan = plan_of(unit, problem.sizes, most_threads, _in_place(problem, unit), bound.run_count)
-    workspace = _borrow(plan.layout.workspace_bytes * plan.threads + 64)
-    sink = _sink(problem)
-    q, k, v = problem.q, problem.k, problem.v
-    call = Call(
-        bound.factor, _up(_address(workspace), 64),
-        _address(q), *q.strides, _address(k), *k.strides, _address(v), *v.strides,
-        _address(out), *out.strides, _address(lse), _address(weights), _address(sink), *bound.hooks, bound.address,
-    )  # fmt: skip
-    state = state_of(call, plan.layout)
-    keep = (state, workspace, sink, bound, q, k, v, out, lse, weights)
-    worker = compile_worker(WORKERS[unit.name, bound.run_count > 0, weights is not None])
-    run(worker, _address(state), plan.threads, keep)
-    if workspace.nbytes <= KEPT_BYTES:  # all workers have ended
-        _spare.append(workspace)
-
-
-_spare: list[np.ndarray] = []  # workspaces for later calls: new memory costs a call a tenth of a millisecond
-
-
-def _borrow(size: int) -> np.ndarray:
-    """Return memory that no call uses."""
-    try:
-        found = _spare.pop()
-    except IndexError:
-        return np.empty(size, np.uint8)
-    return found if found.nbytes >= size else np.empty(size, np.uint8)
+    threads = thread_count()[0] if _multiply_adds(problem.sizes) > SMALL else 1
+    with Team(threads - 1) as team:  # first: it takes them longer to wake than all of what follows
+        bound = bind(problem)
+        unit = unit_of(problem.dtype, problem.dropout is not None)
+        plan = plan_of(unit, problem.sizes, threads, _in_place(problem, unit), bound.run_count)
+        worker = compile_worker(WORKERS[unit.name, bound.run_count > 0, weights is not None])
+        sink = _sink(problem)
+        q, k, v = problem.q, problem.k, problem.v
+        space = borrow(plan.part_bytes * plan.threads)
+        call = Call(
+            bound.factor, space.parts,
+            _address(q), *q.strides, _address(k), *k.strides, _address(v), *v.strides,
+            _address(out), *out.strides, _address(lse), _address(weights), _address(sink), *bound.hooks, bound.address,
+        )  # fmt: skip
+        space.write(call, plan.layout)
+        team.run(worker, space.state, plan.threads)
+        give_back(space)
 
 
 def prepare(dtype: str) -> None:
@@ -138,7 +126,8 @@ class Plan(NamedTuple):
     """Tiles, items and workspace of a call: what follows from its sizes alone."""
 
     threads: int
-    layout: Layout
+    part_bytes: int  # workspace of one worker
+    layout: bytes  # as `state.packed` returns it
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,17 +193,29 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         "items": items,
         "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
     }  # fmt: skip
-    return Plan(max(1, min(most_threads, items)), Layout(**found, **sizes._asdict()))
+    layout = packed(Layout(**found, **sizes._asdict()))
+    return Plan(max(1, min(most_threads, items)), size, layout)
 
 
 def _address(array: np.ndarray | None) -> int:
-    return 0 if array is None else array.__array_interface__["data"][0]
+    if array is None:
+        return 0
+    return _word.from_address(_pointer(array.__array_struct__, None) + DATA).value or 0
+
+
+# NumPy's array interface in C: half the time of `array.ctypes.data` and of `array.__array_interface__`.
+DATA = 40  # bytes before the address of the data in the structure of that interface
+_word = ctypes.c_void_p
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def _block_rows(key_heads: int, served: int, M: int, most: int, group: int, threads: int) -> int:
     """Rows of an item: many, to share the packed keys, but enough items to go round."""
     rows = _up(min(M, most), group)
-    while rows > group and key_heads * served * -(-M // rows) < 4 * threads:
+    items = 4 * threads if threads > 1 else 1
+    while rows > group and key_heads * served * -(-M // rows) < items:
         rows = max(group, rows // 2 // group * group)
     return rows
 

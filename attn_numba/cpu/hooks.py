@@ -16,6 +16,7 @@ import math
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numpy as np
+from numba.core.compiler_lock import global_compiler_lock
 
 from attn_numba.cpu.target import target, target_machine
 from attn_numba.cpu.vectors import CONTRACT, DOUBLE, FLOAT, I1, I8, I32, I64, Loop, Vectors
@@ -544,8 +545,9 @@ def emit_runs(module, name, number, params, first: Node, end: Node) -> None:
 _engines: dict[str, tuple[object, dict[str, int]]] = {}  # an engine must live as long as its addresses
 
 
-def compile_hooks(module: ir.Module) -> dict[str, int]:
-    """Compile a module of hooks, or find it compiled; return the address of each function."""
+@global_compiler_lock
+def compile_hooks(module: ir.Module | str) -> dict[str, int]:
+    """Compile a module, or find it compiled; return the address of each function."""
     text = str(module)
     if text not in _engines:
         parsed = llvm.parse_assembly(text)

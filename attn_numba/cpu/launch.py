@@ -1,160 +1,282 @@
-"""Run one compiled worker on several cores, and keep compiled code on disk.
+"""Run one worker on several cores: threads that help the calling one, and that sleep and wake without Python.
 
-A worker is a compiled function of (state address, worker number); workers pull item numbers from the atomic counter
-with which every state begins, so however many of them run, and whenever, all items are done.
+A helper is a thread that never comes back from compiled code: it watches its mailbox for a while, then sleeps on a lock
+until somebody releases it. Were it to sleep in Python it would need the interpreter's lock before it could begin, which
+costs a call of 0.1 ms a third of its time. It is woken when a call begins, so that it is up when the work is known.
 
-Helpers are Python threads that sleep on a lock between calls. The calling thread works too, and does not wait for a
-helper that has not begun when all items are done. Numba's own pool (OpenMP) wakes as fast, but a region there waits for
-every thread, and one that another library's spinning threads keep off its core costs milliseconds: measured between two
-NumPy matrix products on 2 cores, 5 ms for a call of 1.5 ms. It also ends a forked child that enters it, and its
-fallback layer aborts when two threads enter at once.
+The caller posts one ticket into each mailbox and works too. A ticket that nobody has taken when the caller is done is
+taken back, so a helper that comes late touches nothing of the call. Numba's own pool (OpenMP) waits for every thread,
+and one that another library's spinning threads keep off its core costs milliseconds: measured between two NumPy matrix
+products on 2 cores, 5 ms for a call of 1.5 ms. It also ends a forked child that enters it, and its fallback layer
+aborts when two threads enter at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import os
+import platform
 import threading
-from collections.abc import Callable
-from pathlib import Path
 
-from numba import types
-from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.ccallback import CFunc
+import numpy as np
 
-WORKER = types.void(types.intp, types.intp)
+from attn_numba.cpu.hooks import compile_hooks
 
+WATCHES = 3000  # looks into the mailbox before a helper sleeps: about 60 us
 
-# --- compiled code on disk ---
+# A mailbox, in bytes: lock to wake the helper, lock that says it is done; whether it sleeps, whether a ticket is there;
+# the ticket: worker, state, number; and whether the work is finished. Who writes what has cache lines of its own.
+WAKE, DONE, ASLEEP, TICKET, WORKER, STATE, NUMBER, FINISHED, MAILBOX = 0, 8, 64, 72, 128, 136, 144, 192, 256
+
+SOURCE = """
+{declarations}
+
+define void @serve(i64 %box) {{
+  %wake = call i64 @word(i64 %box, i64 {WAKE})
+  %done = call i64 @word(i64 %box, i64 {DONE})
+  %asleep.at = call ptr @place(i64 %box, i64 {ASLEEP})
+  %ticket.at = call ptr @place(i64 %box, i64 {TICKET})
+  %finished.at = call ptr @place(i64 %box, i64 {FINISHED})
+  br label %watch
+watch:
+  br label %look
+look:
+  %n = phi i64 [0, %watch], [%next, %none]
+  %seen = load atomic i64, ptr %ticket.at seq_cst, align 8
+  %posted = icmp eq i64 %seen, 1
+  br i1 %posted, label %take, label %none
+none:
+  {pause}
+  %next = add i64 %n, 1
+  %patient = icmp ult i64 %next, {WATCHES}
+  br i1 %patient, label %look, label %rest
+rest:
+  store atomic i64 1, ptr %asleep.at seq_cst, align 8
+  %late = load atomic i64, ptr %ticket.at seq_cst, align 8
+  %missed = icmp eq i64 %late, 1
+  br i1 %missed, label %rise, label %sleep
+rise:
+  %slept = atomicrmw xchg ptr %asleep.at, i64 0 seq_cst
+  %alone = icmp eq i64 %slept, 1
+  br i1 %alone, label %take, label %sleep  ; if not alone, somebody is releasing the lock
+sleep:
+  call i32 @acquire(i64 %wake)
+  br label %watch
+take:
+  %old = cmpxchg ptr %ticket.at, i64 1, i64 0 seq_cst seq_cst
+  %taken = extractvalue {{i64, i1}} %old, 1
+  br i1 %taken, label %work, label %watch
+work:
+  %worker = call i64 @word(i64 %box, i64 {WORKER})
+  %state = call i64 @word(i64 %box, i64 {STATE})
+  %number = call i64 @word(i64 %box, i64 {NUMBER})
+  %function = inttoptr i64 %worker to ptr
+  call void %function(i64 %state, i64 %number)
+  store atomic i64 1, ptr %finished.at seq_cst, align 8
+  call void @release(i64 %done)
+  br label %watch
+}}
+
+define void @rouse(i64 %box) {{
+  %asleep.at = call ptr @place(i64 %box, i64 {ASLEEP})
+  %slept = atomicrmw xchg ptr %asleep.at, i64 0 seq_cst
+  %sleeps = icmp eq i64 %slept, 1
+  br i1 %sleeps, label %wake, label %end
+wake:
+  %lock = call i64 @word(i64 %box, i64 {WAKE})
+  call void @release(i64 %lock)
+  br label %end
+end:
+  ret void
+}}
+
+define void @summon(i64 %boxes, i64 %count) {{
+  br label %head
+head:
+  %n = phi i64 [0, %0], [%next, %body]
+  %more = icmp ult i64 %n, %count
+  br i1 %more, label %body, label %end
+body:
+  %at = mul i64 %n, 8
+  %box = call i64 @word(i64 %boxes, i64 %at)
+  call void @rouse(i64 %box)
+  %next = add i64 %n, 1
+  br label %head
+end:
+  ret void
+}}
+
+define void @launch(i64 %worker, i64 %state, i64 %boxes, i64 %count) {{
+  br label %head
+head:
+  %n = phi i64 [0, %0], [%next, %body]
+  %more = icmp ult i64 %n, %count
+  br i1 %more, label %body, label %own
+body:
+  %at = mul i64 %n, 8
+  %box = call i64 @word(i64 %boxes, i64 %at)
+  %next = add i64 %n, 1
+  %worker.at = call ptr @place(i64 %box, i64 {WORKER})
+  store i64 %worker, ptr %worker.at, align 8
+  %state.at = call ptr @place(i64 %box, i64 {STATE})
+  store i64 %state, ptr %state.at, align 8
+  %number.at = call ptr @place(i64 %box, i64 {NUMBER})
+  store i64 %next, ptr %number.at, align 8
+  %finished.at = call ptr @place(i64 %box, i64 {FINISHED})
+  store i64 0, ptr %finished.at, align 8
+  %ticket.at = call ptr @place(i64 %box, i64 {TICKET})
+  store atomic i64 1, ptr %ticket.at seq_cst, align 8
+  call void @rouse(i64 %box)
+  br label %head
+own:
+  %function = inttoptr i64 %worker to ptr
+  call void %function(i64 %state, i64 0)
+  br label %collect
+collect:
+  %m = phi i64 [0, %own], [%after, %collected]
+  %left = icmp ult i64 %m, %count
+  br i1 %left, label %back, label %end
+back:
+  %from = mul i64 %m, 8
+  %helper = call i64 @word(i64 %boxes, i64 %from)
+  %posted.at = call ptr @place(i64 %helper, i64 {TICKET})
+  %old = cmpxchg ptr %posted.at, i64 1, i64 0 seq_cst seq_cst
+  %idle = extractvalue {{i64, i1}} %old, 1
+  br i1 %idle, label %collected, label %watch
+watch:
+  %ready.at = call ptr @place(i64 %helper, i64 {FINISHED})
+  br label %look
+look:
+  %looks = phi i64 [0, %watch], [%more.looks, %none]
+  %seen = load atomic i64, ptr %ready.at seq_cst, align 8
+  %ready = icmp eq i64 %seen, 1
+  br i1 %ready, label %wait, label %none
+none:
+  {pause}
+  %more.looks = add i64 %looks, 1
+  %patient = icmp ult i64 %more.looks, {WATCHES}
+  br i1 %patient, label %look, label %wait
+wait:
+  %done = call i64 @word(i64 %helper, i64 {DONE})
+  call i32 @acquire(i64 %done)
+  br label %collected
+collected:
+  %after = add i64 %m, 1
+  br label %collect
+end:
+  ret void
+}}
+
+define internal ptr @place(i64 %base, i64 %offset) alwaysinline {{
+  %sum = add i64 %base, %offset
+  %at = inttoptr i64 %sum to ptr
+  ret ptr %at
+}}
+
+define internal i64 @word(i64 %base, i64 %offset) alwaysinline {{
+  %at = call ptr @place(i64 %base, i64 %offset)
+  %value = load i64, ptr %at, align 8
+  ret i64 %value
+}}
+
+define internal i32 @acquire(i64 %lock) {{
+  %function = inttoptr i64 {acquire} to ptr
+  %got = call i32 %function(i64 %lock, i32 1)
+  ret i32 %got
+}}
+
+define internal void @release(i64 %lock) {{
+  %function = inttoptr i64 {release} to ptr
+  call void %function(i64 %lock)
+  ret void
+}}
+"""
+
+_words = ctypes.c_int64
+SIGNATURES = {"serve": (_words,), "summon": (_words, _words), "launch": (_words, _words, _words, _words)}
 
 
 @functools.cache
-def _sources_stamp() -> str:
-    """Return one hash over the sources of this folder.
-
-    Numba itself would not see a change in a file that a kernel calls into.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-class _SourcesCache(FunctionCache):
-    """Numba's disk cache of one function, stale as soon as any source of this folder changes.
-
-    A damaged entry is compiled anew.
-    """
-
-    def __init__(self, function):
-        super().__init__(function)
-        self._cache_file = IndexDataCacheFile(self._cache_path, self._impl.filename_base, _sources_stamp())
-
-    def load_overload(self, sig, target_context):
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # a truncated or foreign file can raise anything when unpickled
-            self._cache_file.flush()
-            return None
+def _code() -> dict[str, ctypes._CFuncPtr]:
+    """Compile the functions above, in 20 ms; they release the interpreter's lock."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    places = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
+    text = SOURCE.format(
+        declarations="declare void @llvm.x86.sse2.pause()" if x86 else "",
+        pause="call void @llvm.x86.sse2.pause()" if x86 else "",
+        acquire=_python_function("PyThread_acquire_lock"), release=_python_function("PyThread_release_lock"), **places,
+    )  # fmt: skip
+    addresses = compile_hooks(text)
+    return {name: ctypes.CFUNCTYPE(None, *kinds)(addresses[name]) for name, kinds in SIGNATURES.items()}
 
 
-def cache_folder() -> tuple[str | None, str]:
-    """Return the folder that holds compiled code and why it is that one; (None, reason) where none can be written."""
-    try:
-        path = _SourcesCache(_sources_stamp.__wrapped__).cache_path
-    except RuntimeError as error:
-        return None, f"no folder can be written: {error}"
-    named = os.environ.get("NUMBA_CACHE_DIR")
-    return path, "NUMBA_CACHE_DIR" if named else "next to the package or in the user's cache"
+def _python_function(name: str) -> int:
+    return ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
 
 
-@functools.cache
-def compile_worker(function: Callable) -> int:
-    """Compile (or load) a worker of (state address, worker number) and return its address."""
-    worker = CFunc(function, (WORKER.args, WORKER.return_type), locals={}, options={"nopython": True, "nogil": True})
-    with contextlib.suppress(RuntimeError):  # no folder can be written: compile for this process, keep nothing
-        worker._cache = _SourcesCache(function)
-    worker.compile()
-    _keep.append(worker)
-    return int(worker.address)
+def _new_lock() -> int:
+    """Return a held lock: the next to acquire it sleeps until somebody releases it."""
+    api = ctypes.pythonapi
+    api.PyThread_allocate_lock.restype = ctypes.c_void_p
+    api.PyThread_acquire_lock.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    lock = api.PyThread_allocate_lock()
+    if not lock:
+        raise MemoryError("no lock for a helper thread")
+    api.PyThread_acquire_lock(lock, 1)
+    return int(lock)
 
 
-_keep: list[object] = []  # compiled workers must outlive their addresses
+class Helper:
+    """A thread and its mailbox; both last until the process ends."""
 
-
-# --- threads ---
-
-
-class _Ticket:
-    """One worker of one launch: whoever takes it first, a helper or the launch itself, decides whether it runs."""
-
-    __slots__ = ("done", "keep", "number", "state", "taken", "work")
-
-    def __init__(self, work: Callable[[int, int], None], state: int, number: int, keep: object) -> None:
-        self.work, self.state, self.number = work, state, number
-        self.keep = (
-            keep  # the memory that the worker uses lives as long as the ticket, also if the launch is interrupted
-        )
-        self.taken, self.done = threading.Lock(), threading.Lock()
-        self.done.acquire()
-
-
-class _Helper:
-    """A thread that runs one ticket after the other."""
-
-    __slots__ = ("ticket", "wake")
+    __slots__ = ("address", "box")
 
     def __init__(self) -> None:
-        self.wake = threading.Lock()
-        self.wake.acquire()
-        self.ticket: _Ticket | None = None
-        threading.Thread(target=self._serve, name="attn_numba", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            self.wake.acquire()
-            ticket, self.ticket = self.ticket, None
-            if ticket is not None and ticket.taken.acquire(blocking=False):
-                ticket.work(ticket.state, ticket.number)
-                ticket.done.release()
-            del ticket
-            _idle.append(self)
+        self.box = np.zeros(MAILBOX + 64, np.uint8)
+        self.address = -(-self.box.ctypes.data // 64) * 64
+        words = (ctypes.c_int64 * (MAILBOX // 8)).from_address(self.address)
+        words[WAKE // 8], words[DONE // 8] = _new_lock(), _new_lock()
+        threading.Thread(target=_code()["serve"], args=(self.address,), name="attn_numba", daemon=True).start()
 
 
-_idle: list[_Helper] = []
+class Team:
+    """Helpers for one call: awake from the start of it, free for others at its end."""
+
+    __slots__ = ("_boxes", "_helpers")
+
+    def __init__(self, count: int) -> None:
+        self._helpers = [_take() for _ in range(count)]
+        self._boxes = (ctypes.c_int64 * count)(*(helper.address for helper in self._helpers))
+        if count:
+            _code()["summon"](ctypes.addressof(self._boxes), count)
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        _idle.extend(self._helpers)
+
+    def run(self, worker: int, state: int, count: int) -> None:
+        """Run worker numbers 0 to `count - 1` on a state, number 0 in this thread; return when all work is done."""
+        if count > 1:
+            _code()["launch"](worker, state, ctypes.addressof(self._boxes), count - 1)
+        else:
+            _callable(worker)(state, 0)
+
+
+@functools.cache
+def _callable(worker: int) -> ctypes._CFuncPtr:
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(worker)  # releases the interpreter's lock
+
+
+_idle: list[Helper] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)  # threads do not live on in a forked child
 
 
-def _hand_out(ticket: _Ticket) -> _Ticket:
+def _take() -> Helper:
     try:
-        helper = _idle.pop()
+        return _idle.pop()
     except IndexError:
-        helper = _Helper()
-    helper.ticket = ticket
-    helper.wake.release()
-    return ticket
-
-
-_call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
-
-
-@functools.cache
-def _callable(worker: int) -> Callable[[int, int], None]:
-    return _call(worker)  # ctypes releases the interpreter's lock during the call
-
-
-def run(worker: int, state: int, count: int, keep: object) -> None:
-    """Run `count` workers on the state, one of them in the calling thread; return when all items are done.
-
-    `keep` holds all memory that the workers use.
-    """
-    work = _callable(worker)
-    tickets = [_hand_out(_Ticket(work, state, number, keep)) for number in range(1, count)]
-    work(state, 0)
-    for ticket in tickets:
-        if not ticket.taken.acquire(blocking=False):  # a helper has it
-            ticket.done.acquire()
+        return Helper()

@@ -7,8 +7,9 @@ import time
 import numpy as np
 
 from attn_numba.cpu import tiles as t
+from attn_numba.cpu.compilation import compile_worker
 from attn_numba.cpu.engine import unit_of
-from attn_numba.cpu.launch import compile_worker, run
+from attn_numba.cpu.launch import Team
 from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.tiles import TILE_ROWS, VECTORS
 
@@ -62,7 +63,7 @@ def peak_rate(dtype: str, seconds: float = 0.2) -> float:
     def measure(turns: int) -> float:
         state = np.array([turns, *(x.ctypes.data for x in (a, b, c)), unit.lanes], np.int64)
         start = time.perf_counter()
-        run(address, state.ctypes.data, 1, (state, a, b, c))
+        Team(0).run(address, state.ctypes.data, 1)
         return (time.perf_counter() - start) / turns
 
     turns = max(1, int(seconds / 10 / measure(1000)))

@@ -109,14 +109,54 @@ class Layout(NamedTuple):
     seen_at: int  # byte (special key, row): whether the row sees the key
 
 
-def state_of(call: Call, layout: Layout) -> np.ndarray:
-    """Return the state block of a call: the counter at 0, then both records."""
-    return np.frombuffer(bytearray(_PACKED.pack(*call, *layout)), np.int64)
-
-
 _FIELDS = Call._fields + Layout._fields
-_PACKED = struct.Struct(f"{8 * COUNTER_WORDS}xd{len(_FIELDS) - 1}q")
+_HEAD = struct.Struct(f"{8 * COUNTER_WORDS}xd{len(Call._fields) - 1}q")
+_TAIL = struct.Struct(f"{len(Layout._fields)}q")
 _RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int64) for name in _FIELDS]))
+
+
+class Workspace:
+    """Memory of one call at a time: its state block, then a part for each worker."""
+
+    __slots__ = ("_memory", "_state", "parts", "size", "state")
+
+    def __init__(self, size: int) -> None:
+        block = -(-(_HEAD.size + _TAIL.size) // 64) * 64
+        self._memory = np.empty(block + size + 64, np.uint8)
+        start = -self._memory.ctypes.data % 64
+        self._state = memoryview(self._memory)[start:]
+        self.size = size
+        self.state = self._memory.ctypes.data + start  # address of the state block
+        self.parts = self.state + block
+
+    def write(self, call: Call, layout: bytes) -> None:
+        """Write the state block: the counter at 0, then both records."""
+        _HEAD.pack_into(self._state, 0, *call)
+        self._state[_HEAD.size : _HEAD.size + _TAIL.size] = layout
+
+
+def packed(layout: Layout) -> bytes:
+    """Return a layout as it stands in a state block."""
+    return _TAIL.pack(*layout)
+
+
+_spare: list[Workspace] = []  # for later calls: new memory costs a call a tenth of a millisecond
+KEPT_BYTES = 16_000_000  # larger ones are not kept
+
+
+def borrow(size: int) -> Workspace:
+    """Return memory that no other call uses."""
+    try:
+        found = _spare.pop()
+    except IndexError:
+        return Workspace(size)
+    return found if found.size >= size else Workspace(size)
+
+
+def give_back(space: Workspace) -> None:
+    """Let later calls have the memory; all workers have ended."""
+    if space.size <= KEPT_BYTES:
+        _spare.append(space)
 
 
 @intrinsic
