@@ -180,7 +180,10 @@ def check(
     query_at, key_at = check_offsets(query_offset, key_offset, sizes, users)
     dtype = dtype_name(q4.dtype)
     key: Hashable = ()
-    if users or not number > 0:  # to kernels a scale that is not positive is one more modifier
+    if rule is not None and rule is not mask:  # made of an array for this call alone, and never met again
+        key = None
+        _check_rules(key, rule, chain, drop, sizes, query_at, key_at)
+    elif users:
         key = _key(rule, chain, drop, sizes, dtype, number, query_at, key_at)
         _check_rules(key, rule, chain, drop, sizes, query_at, key_at)
     return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, dot, softmax, number, query_at, key_at, drop, key)
@@ -234,7 +237,7 @@ def is_light(rule: Any) -> bool:
 
 
 def _check_rules(key: Hashable, rule: Any, chain: Any, drop: Any, sizes: Sizes, query_at: Any, key_at: Any) -> None:
-    """Check that the rules fit the call, unless the same ones did before."""
+    """Check that the rules fit the call, unless the same ones did before; `key` is None if they cannot have."""
     with _lock:
         if key in _fitting:
             _fitting.move_to_end(key)
@@ -244,7 +247,7 @@ def _check_rules(key: Hashable, rule: Any, chain: Any, drop: Any, sizes: Sizes, 
             user.check(sizes, query_at, key_at)
     if drop is not None:
         drop.keys(sizes)
-    if not is_light((rule, *chain, drop)):
+    if key is None or not is_light((rule, *chain, drop)):
         return
     with _lock:
         _fitting[key] = rule, chain, drop

@@ -1,11 +1,14 @@
 """Same inputs, same bits: whatever the threads, the company, the memory layout and the form of the mask."""
 
+import functools
 import json
+import operator
 
 import numpy as np
 import pytest
 
 import attn_numba as an
+from attn_numba.rules import Mask
 from cases import BY_NAME, CASES, documents
 from processes import run_python
 
@@ -62,6 +65,7 @@ BITS = """
 import hashlib, json, sys
 import numpy as np
 import attn_numba as an
+from attn_numba.rules import Mask
 from test_promises import arrays, rules
 found = {}
 for name, kwargs in rules().items():
@@ -205,6 +209,60 @@ def test_short_stretches_of_keys(name, dtype):
     assert_same(found, an.attention(q, k, v, mask=array, **ASKED))
 
 
+class Stretches(Mask):
+    """Each query sees stretches of keys from a table (M, count, 2) of first keys and ends."""
+
+    def __init__(self, table):
+        self.table = np.ascontiguousarray(table, np.int32)
+
+    uses_positions = True
+
+    def arguments(self, sizes):
+        return (self.table,)
+
+    def allowed(self, b, h, i, j, p):
+        return functools.reduce(operator.or_, (self._seen(i, j, n, p) for n in range(self.run_count)))
+
+    def _seen(self, i, j, n, p):
+        return (j >= p[0][i, n, 0]) & (j < p[0][i, n, 1])
+
+    @property
+    def run_count(self):
+        return self.table.shape[1]
+
+    def run(self, b, h, i, n, p):
+        return p[0][i, n, 0], p[0][i, n, 1]
+
+
+def steady(rng, M, N, count):
+    """Stretches that move on by a key or none from query to query, now and then by many."""
+    starts = np.linspace(0, N - 200, count).astype(int) + np.minimum(np.arange(M), N // count // 2)[:, None]
+    starts[M // 2 :] += 9
+    return np.stack([starts, starts + rng.integers(0, 3, (M, 1)) + 11], -1)
+
+
+def unsteady(rng, M, N, count):
+    """Stretches of any length, many of them without a key, that nothing joins to those of the next query."""
+    cuts = np.sort(rng.integers(0, N + 1, (M, 2 * count)))
+    return cuts.reshape(M, count, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [3, 5, 37, 140])
+@pytest.mark.parametrize("kind", [steady, unsteady])
+def test_stretches_from_a_table(kind, M, dtype):
+    rng = np.random.default_rng(M)
+    table = kind(rng, M, 1000, 7)
+    q, k, v = arrays(B=1, M=M, N=1000, D=64, E=80, dtype=dtype)
+    mask = Stretches(table)
+    j = np.arange(1000)
+    array = ((j >= table[..., :1]) & (j < table[..., 1:])).any(1)
+    found = an.attention(q, k, v, mask=mask, query_offset=0, **ASKED)
+    assert_same(found, an.attention(q, k, v, mask=array, **ASKED))
+    dropped = {"dropout": an.Dropout(0.3, 5), "query_offset": 0, "return_lse": True}
+    assert_same(an.attention(q, k, v, mask=mask, **dropped), an.attention(q, k, v, mask=array, **dropped))
+
+
 # --- memory ---
 
 
@@ -285,7 +343,7 @@ def test_a_changed_array_is_read_anew():
     np.testing.assert_allclose(an.attention(q, k, v)[0, 0, 0], v[0, 0].mean(0), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-25, 1.0])
 def test_a_scale_is_not_taken_for_that_of_another_call(scale):
     """Calls that differ in dtype, sizes or offsets alone, one after the other."""
     for dtype in DTYPES + DTYPES[::-1]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,30 @@ def test_calls_from_several_threads_at_once(callers):
         assert len(found[n]) == 6
         for out in found[n]:
             np.testing.assert_array_equal(out, expected[n])
+
+
+def test_many_small_calls_from_several_threads():
+    """Helpers that are woken, called back and lent to others, thousands of times."""
+    inputs = [arrays(B=1, H=8, Hk=8, M=64, N=64, D=D, E=D, seed=D) for D in (48, 64)]
+    with an.threads(1):
+        expected = [an.attention(*x) for x in inputs]
+    wrong = []
+
+    def call(count):
+        with an.threads(count):
+            for n in range(600):
+                out = an.attention(*inputs[n % 2])
+                if not np.array_equal(out, expected[n % 2]):
+                    wrong.append(n)
+                if n % 100 == 0:
+                    time.sleep(1e-3)  # long enough for helpers to fall asleep
+
+    threads = [threading.Thread(target=call, args=(count,)) for count in (2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 FIRST_CALLS = """

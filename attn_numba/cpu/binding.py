@@ -47,8 +47,10 @@ def bind(problem: Problem) -> Bound:
     """Return the bound rules of a call, from memory if a like call was bound before."""
     if problem.mask is None and not problem.modifiers and problem.dropout is None and problem.scale >= LEAST_SCALE:
         return Bound(_NO_HOOKS, 0, 0, problem.scale / math.log(2), ())
-    key = problem.key or problem.scale
     with _lock:
+        if problem.key is None:
+            return _bind(problem)
+        key = problem.key or (problem.scale, problem.sizes, problem.dtype)
         found = _bound.get(key)
         if found is not None:
             _bound.move_to_end(key)

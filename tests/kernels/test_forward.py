@@ -46,6 +46,17 @@ def test_large_head_sizes(size, backend):
     check_attention(q, k, v, backend, name=f"head size {size}")
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-20, 0.0, -1e-20])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_tiny_scales(scale, dtype, backend):
+    """Keys weigh the same, and those that are excluded nothing."""
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, 2, 40, 24)).astype(dtype) for _ in range(3))
+    for mask in (None, an.Causal()):
+        check_attention(q, k, v, backend, name=f"scale {scale}", scale=scale, mask=mask)
+
+
 @pytest.mark.parametrize("fill", [-1e9, -1e15, -1e25, float(np.finfo(np.float32).min), 1e25])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
