@@ -21,8 +21,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from attn_numba.cpu.keys import clear_marks, mark_rows, pack_tile, plan_ahead
 from attn_numba.cpu.rows import clear, compiled, inlined, read_row, write_row
@@ -138,7 +136,11 @@ def _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, 
     while j0 < call.N:
         j1 = min(j0 + call.key_tile, call.N)
         clear_marks(marks + groups * (call.key_tile // lanes), j1 - j0, lanes)
-        if mark(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit):
+        if strips is None:
+            seen = mark_rows(call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit)
+        else:
+            seen = mark_strips(call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0, j1, unit)
+        if seen:
             return j0
         j0 = j1
     return call.N
@@ -159,7 +161,8 @@ def _attend(call, space, state, item, unit, strips, weights):
     values = call.v + b * call.v_b + hk * call.v_h
     _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     _reset(call, space, groups, unit)
-    begin(strips, call, space, b, h0, groups, head_groups, i_first, i_end, unit)
+    if strips is not None:
+        begin_strips(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     marks, spare = space + call.marks_at, space + call.marks_at + call.marks_bytes
     j0 = first = _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, 0, unit)
     while j0 < call.N:
@@ -176,23 +179,17 @@ def _attend(call, space, state, item, unit, strips, weights):
             rows = min(call.group_rows, i_end - i0)
             kinds = marks + g * most
             queries = space + call.q_at + g * call.group_rows * call.depth * word_bytes(unit)
-            attend(strips, call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit)
+            if strips is None:
+                attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit)
+            else:
+                attend_strips(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit)
         marks, spare, j0 = spare, marks, following
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         rows = min(call.group_rows, i_end - i0)
         _finish(call, space, b, h0 + g // head_groups, i0, g, rows, unit)
-    after(weights, strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
-
-
-@compiled
-def _begin_rows(call, space, b, h0, groups, head_groups, i_first, i_end, unit):
-    """Do nothing: rows learn what they see tile by tile."""
-
-
-@compiled
-def _no_weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
-    """Do nothing: the weights are not asked for."""
+    if weights is not None:
+        _weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
 
 
 @compiled
@@ -208,36 +205,18 @@ def _weights(strips, call, space, b, hk, h0, groups, head_groups, i_first, i_end
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
             rows = min(call.group_rows, i_end - i0)
             queries = space + call.q_at + g * call.group_rows * call.depth * word_bytes(unit)
-            if score(strips, call, space, marks + g * most, queries, b, h, i0, g, rows, j0, j1, unit):
+            if strips is None:
+                count = score_rows(call, space, marks + g * most, queries, b, h, i0, g, rows, j0, j1, unit)
+            else:
+                count = score_strips(call, space, marks + g * most, queries, b, h, i0, g, rows, j0, j1, unit)
+            if count:
                 _write_weights(call, space, marks + g * most, b, h, i0, g, rows, j0, j1, unit)
         j0 = _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, i_end, j1, unit)
 
 
-# A process compiles what it uses and no more: the type of a first argument says, when a caller is compiled, which of
-# two functions is meant.
-NO, YES = np.int8(0), np.int16(0)
-
-
-def _choice(no, yes):
-    """Return a function of (NO or YES, arguments of both) that stands for `no` or for `yes`."""
-
-    def choice(token, *args):
-        raise NotImplementedError("called by compiled code only")
-
-    @overload(choice)
-    def chosen(token, *args):
-        if token == types.int16:
-            return lambda token, *args: yes(*args)
-        return lambda token, *args: no(*args)
-
-    return choice
-
-
-begin = _choice(_begin_rows, begin_strips)
-mark = _choice(mark_rows, mark_strips)
-attend = _choice(attend_rows, attend_strips)
-score = _choice(score_rows, score_strips)
-after = _choice(_no_weights, _weights)
+# A process compiles what it uses and no more: where `strips` or `weights` is None, what only the others need is pruned
+# before types are inferred.
+YES = 1
 
 
 @inlined
@@ -256,15 +235,15 @@ def _work(state, number, unit, strips, weights):
 
 
 def _rows_float32(state, number):
-    _work(state, number, np.float32(0), NO, NO)
+    _work(state, number, np.float32(0), None, None)
 
 
 def _rows_weights_float32(state, number):
-    _work(state, number, np.float32(0), NO, YES)
+    _work(state, number, np.float32(0), None, YES)
 
 
 def _strips_float32(state, number):
-    _work(state, number, np.float32(0), YES, NO)
+    _work(state, number, np.float32(0), YES, None)
 
 
 def _strips_weights_float32(state, number):
@@ -272,15 +251,15 @@ def _strips_weights_float32(state, number):
 
 
 def _rows_float64(state, number):
-    _work(state, number, np.float64(0), NO, NO)
+    _work(state, number, np.float64(0), None, None)
 
 
 def _rows_weights_float64(state, number):
-    _work(state, number, np.float64(0), NO, YES)
+    _work(state, number, np.float64(0), None, YES)
 
 
 def _strips_float64(state, number):
-    _work(state, number, np.float64(0), YES, NO)
+    _work(state, number, np.float64(0), YES, None)
 
 
 def _strips_weights_float64(state, number):
@@ -288,15 +267,15 @@ def _strips_weights_float64(state, number):
 
 
 def _rows_bfloat16(state, number):
-    _work(state, number, np.int32(0), NO, NO)
+    _work(state, number, np.int32(0), None, None)
 
 
 def _rows_weights_bfloat16(state, number):
-    _work(state, number, np.int32(0), NO, YES)
+    _work(state, number, np.int32(0), None, YES)
 
 
 def _strips_bfloat16(state, number):
-    _work(state, number, np.int32(0), YES, NO)
+    _work(state, number, np.int32(0), YES, None)
 
 
 def _strips_weights_bfloat16(state, number):

@@ -6,7 +6,7 @@ register tiles and listed, to be added to the rows that see them one by one.
 
 from __future__ import annotations
 
-from attn_numba.cpu.rows import clear, compiled, read_row, rounded_up
+from attn_numba.cpu.rows import clear, compiled, inlined, read_row, rounded_up
 from attn_numba.cpu.tiles import (
     SAME,
     VECTORS,
@@ -62,7 +62,7 @@ def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
     return seen
 
 
-@compiled
+@inlined
 def _pack_keys(call, space, keys, number, j0, unit):
     """Transpose one vector of keys, vector `number` of the tile.
 
@@ -88,7 +88,7 @@ def _pack_keys(call, space, keys, number, j0, unit):
         transpose(unit, source + d * word, source_row, to + d * call.keys_row * word, call.keys_row * word)
 
 
-@compiled
+@inlined
 def _copy_values(call, space, values, j0, j1, column, unit):
     """Copy values j0 to j1 to the workspace, from column `column` of the tile on, rows that are not finite as zeros."""
     word = word_bytes(unit)
@@ -112,7 +112,7 @@ def _copy_values(call, space, values, j0, j1, column, unit):
             clear(to, call.value_width, unit)
 
 
-@compiled
+@inlined
 def _find_special(call, space, values, j0, j1, column, count, unit):
     """Append to the list of special keys those of j0 to j1 whose values are not all finite; return its new length."""
     word = word_bytes(unit)

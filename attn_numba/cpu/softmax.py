@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from attn_numba.cpu.keys import NONE, SOME, list_runs, look_ahead, run_end
-from attn_numba.cpu.rows import clear, compiled, read_row
+from attn_numba.cpu.rows import clear, compiled, inlined, read_row
 from attn_numba.cpu.tiles import (
     CHAIN_VECTORS,
     DEPTH_CHAIN,
@@ -134,7 +134,7 @@ def _products(call, space, queries, first, end, rows, unit):
             _add_products(queries + d * word, depth, b, keys_row, strip, length, rows, vectors, stretch, 1, unit)
 
 
-@compiled
+@inlined
 def scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit):
     """Fill the strip of scores: products, then the hooks, then minus infinity beyond the last key."""
     number = accumulator(unit)
@@ -215,7 +215,7 @@ def rescale(call, space, g, rows, unit):
     gather_totals(number, totals, shrinks, added, rows)
 
 
-@compiled
+@inlined
 def softmax(call, space, runs, count, g, rows, unit):
     """Turn scores into weights against the running maximum; rescale what the rows have summed so far."""
     number = accumulator(unit)
@@ -253,7 +253,7 @@ def operands_of(call, space, values, j0, special, unit):
     return weights, weights_row, space + call.values_at, call.value_width
 
 
-@compiled
+@inlined
 def _weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
     """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
     lanes, word = vector_length(unit), word_bytes(unit)
@@ -297,7 +297,7 @@ def add_special(call, space, values, local, rows, j0, special, unit):
                 )
 
 
-@compiled
+@inlined
 def weigh(call, space, values, kinds, runs, count, b, h, i0, g, rows, j0, j1, special, unit):
     """Turn a group's scores of a tile into weights, and add the weighted values."""
     if special:
@@ -311,19 +311,25 @@ def weigh(call, space, values, kinds, runs, count, b, h, i0, g, rows, j0, j1, sp
         add_special(call, space, values, g * call.group_rows, rows, j0, special, unit)
 
 
-@compiled
-def attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit):
-    """Attend one group of rows to one tile of keys."""
-    count = score_rows(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit)
-    if count:
-        weigh(call, space, values, kinds, space + call.runs_at, count, b, h, i0, g, rows, j0, j1, special, unit)
-
-
-@compiled
-def score_rows(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
+@inlined
+def _score_group(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
     """Fill the group's scores of a tile; return the number of stretches of keys that it sees."""
     runs = space + call.runs_at
     count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
     if count:
         scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
     return count
+
+
+@compiled
+def attend_rows(call, space, values, kinds, queries, b, h, i0, g, rows, j0, j1, special, unit):
+    """Attend one group of rows to one tile of keys."""
+    count = _score_group(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit)
+    if count:
+        weigh(call, space, values, kinds, space + call.runs_at, count, b, h, i0, g, rows, j0, j1, special, unit)
+
+
+@compiled
+def score_rows(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
+    """Only fill the group's scores of a tile; return the number of stretches of keys that it sees."""
+    return _score_group(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit)
