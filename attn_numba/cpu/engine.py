@@ -29,7 +29,7 @@ STRIPS_BLOCK_ROWS = 2048  # the same where each row sees few of them
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
-SMALL = 1_500_000
+SMALL = 1_500_000  # multiply-adds below which a second thread costs more than it gives
 
 
 class Unit(NamedTuple):
@@ -132,9 +132,9 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Plan:
-    """Return the plan of a call on at most so many threads, whose rows see `run_count` stretches of keys each (0.
+    """Return the plan of a call on at most so many threads.
 
-    Not known).
+    Its rows see `run_count` stretches of keys each; 0 if that is not known.
     """
     B, H, Hk, M, N, D, E = sizes
     lanes, word = unit.lanes, unit.word

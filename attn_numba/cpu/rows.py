@@ -31,8 +31,7 @@ from attn_numba.cpu.tiles import (
 )
 
 # Numbers may be contracted into multiply-adds and zeros lose their sign; sums are never reordered, NaN and infinity
-# never assumed
-# away.
+# never assumed away.
 options = {
     "nogil": True,
     "fastmath": {"nsz", "contract"},

@@ -3,7 +3,7 @@
 A *slot* is a stretch of at most a vector of keys, wherever it begins: three int32 `(column, width, run)`, the column
 counted from the tile's first key, and the run of the rows' lists to which it belongs. The scores of a row lie slot by
 slot, each in a vector of its own. Of the four rows of a strip those from `low` up to `high` count. The runs of a row
-are int32 too: the first keys of all, `apart` bytes on their ends.
+are int32 too: the first keys of all runs and, `apart` bytes further on, their ends.
 """
 
 from __future__ import annotations
