@@ -97,7 +97,8 @@ def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit
 def _products(call, space, queries, first, end, rows, unit):
     """Fill columns `first` to `end` (whole vectors) of the strip with products of q and K.
 
-    Three vectors go at a time, two or one at the end. A long head is summed in chains of `DEPTH_CHAIN` words, so that it gathers no rounding errors.
+    Three vectors go at a time, two or one at the end. A long head is summed in chains of `DEPTH_CHAIN` words, so that
+    it gathers no rounding errors.
     """
     lanes, word = vector_length(unit), word_bytes(unit)
     length, depth, keys_row = call.strip_row, call.depth, call.keys_row
