@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as _numpy  # noqa: F401  the one dependency that importing costs
 
 if TYPE_CHECKING:
-    from attn_numba import reference as reference
+    from attn_numba import reference as reference, sequences as sequences
     from attn_numba.api import (
         attention as attention,
         backends as backends,
@@ -29,16 +29,22 @@ if TYPE_CHECKING:
     )
     from attn_numba.layers import SelfAttention as SelfAttention
     from attn_numba.parallel import set_threads as set_threads, threads as threads
+    from attn_numba.recurrent import recurrent_attention as recurrent_attention
     from attn_numba.rules import (
+        Additive as Additive,
         ALiBi as ALiBi,
         Bias as Bias,
+        Bilinear as Bilinear,
         BlockSparse as BlockSparse,
         Causal as Causal,
+        Cosine as Cosine,
         CustomMask as CustomMask,
         CustomModifier as CustomModifier,
         Dense as Dense,
         Dot as Dot,
+        DoubleSoftmax as DoubleSoftmax,
         Dropout as Dropout,
+        Entmax15 as Entmax15,
         Neighborhood as Neighborhood,
         Padding as Padding,
         PrefixLM as PrefixLM,
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
         SlidingWindow as SlidingWindow,
         SoftCap as SoftCap,
         Softmax as Softmax,
+        Sparsemax as Sparsemax,
         Temperature as Temperature,
     )
 
@@ -56,16 +63,17 @@ _HOMES = {
     "api": ("attention", "merge", "mask_array", "warmup", "backends", "config_report"),
     "parallel": ("threads", "set_threads"),
     "layers": ("SelfAttention",),
+    "recurrent": ("recurrent_attention",),
     "rules": (
         "Causal", "SlidingWindow", "Neighborhood", "Padding", "SameDocument", "PrefixLM", "BlockSparse", "Dense",
         "CustomMask", "SoftCap", "Bias", "ALiBi", "Temperature", "ReplaceExcluded", "CustomModifier", "Dropout", "Dot",
-        "Softmax",
+        "Cosine", "Bilinear", "Additive", "Softmax", "Sparsemax", "Entmax15", "DoubleSoftmax",
     ),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("reference", "rules", "testing")
+_MODULES = ("reference", "rules", "sequences", "testing")
 
-__all__ = [*_HOME_OF, "reference"]
+__all__ = [*_HOME_OF, "reference", "sequences"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,8 @@ from attn_numba import problem as problems
 from attn_numba.parallel import thread_count
 from attn_numba.partition import merge
 from attn_numba.problem import Problem
-from attn_numba.rules import as_mask, places_of
-from attn_numba.rules.arguments import ANY_DTYPE, DTYPES, check_offsets
+from attn_numba.rules import Softmax, as_mask, places_of
+from attn_numba.rules.arguments import ANY_DTYPE, DTYPES, check_lse, check_offsets
 from attn_numba.rules.results import result_of
 
 __all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
@@ -59,12 +59,13 @@ def attention(
         Which keys a query may attend to, True = may; masks join with ``& | ~``. Without it, all.
     modifiers : modifier or sequence of modifiers, optional
         Applied to the scores in this order.
-    score : Dot, optional
-        Score of a query and a key.
-    normalizer : Softmax, optional
-        Makes weights of the scores of a row; may hold a sink.
+    score : Dot, Cosine, Bilinear or Additive, optional
+        Score of a query and a key; without it, `Dot`. `Bilinear` and `Additive` also take keys of another head size
+        than the queries.
+    normalizer : Softmax, Sparsemax, Entmax15 or DoubleSoftmax, optional
+        Makes weights of the scores of a row; without it, `Softmax`, which may hold a sink.
     scale : float, optional
-        Factor of the scores; without it ``1 / sqrt(D)``.
+        Factor of the scores; without it ``1 / sqrt(D)`` for `Dot` and 1 for the others.
     query_offset, key_offset : int or int array (B,), optional
         Position of query row 0 and of key row 0. A `query_offset` of None is `key_offset` when ``M == N``.
     dropout : Dropout, optional
@@ -84,7 +85,8 @@ def attention(
         In the dtype and rank of `q`. With `return_lse` or `return_weights`, a named tuple of (out, lse, weights), only
         those asked for:
     lse : array (B, H, M)
-        ``log sum_j exp(s_ij)`` over the allowed keys and the sink, natural; float64 for float64, else float32.
+        ``log sum_j exp(s_ij)`` over the allowed keys and the sink, natural; float64 for float64, else float32. Of
+        `Softmax` only.
     weights : array (B, H, M, N)
         Before dropout; in the dtype of `lse`.
 
@@ -93,9 +95,10 @@ def attention(
     TypeError
         For arguments of the wrong kind, such as a float mask.
     ValueError
-        For shapes and values that do not fit; and where a rule uses positions, ``M != N`` and `query_offset` is None.
+        For shapes and values that do not fit; where a rule uses positions, ``M != N`` and `query_offset` is None; and
+        where `return_lse` is asked of another normalizer than `Softmax`.
     NotImplementedError
-        For what the backend does not offer.
+        For what the backend does not offer: "cpu" computes neither `Additive` nor a normalizer but `Softmax`.
 
     Notes
     -----
@@ -123,6 +126,7 @@ def attention(
         q, k, v, mask=mask, modifiers=modifiers, score=score, normalizer=normalizer, scale=scale,
         query_offset=query_offset, key_offset=key_offset, dropout=dropout,
     )  # fmt: skip
+    check_lse(return_lse, call.normalizer)
     target = None if out is None else problems.check_out(out, call)
     run = _on_reference if name == "reference" else _on_cpu
     result, lse, weights = run(call, target, return_lse, return_weights)
@@ -159,6 +163,7 @@ def _backend(backend: str, *arrays: Any) -> str:
 
 
 def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:
+    _require_on_cpu(call)
     try:
         from attn_numba.cpu.engine import attention as compute
     except ImportError as error:
@@ -173,8 +178,19 @@ def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> 
     lse = np.empty((s.B, s.H, s.M), call.accumulator) if return_lse else None
     weights = np.zeros((s.B, s.H, s.M, s.N), call.accumulator) if return_weights else None
     if s.B and s.M:
-        compute(call, out, lse, weights)
+        dots = problems.as_dot(call)
+        result = out if dots.dtype == call.dtype else np.empty(out.shape, dots.dtype)
+        compute(dots, result, lse, weights)
+        if result is not out:
+            out[...] = result
     return out, lse, weights
+
+
+def _require_on_cpu(call: Problem) -> None:
+    """Refuse by name what the CPU kernels do not compute."""
+    for rule, served in ((call.score, call.score.dots), (call.normalizer, isinstance(call.normalizer, Softmax))):
+        if not served:
+            raise NotImplementedError(f"backend 'cpu' does not compute {type(rule).__name__}; backend='reference' does")
 
 
 def _on_reference(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:
@@ -183,12 +199,13 @@ def _on_reference(call: Problem, out: Any, return_lse: bool, return_weights: boo
     found = reference.attention(
         call.q, call.k, call.v, mask=call.mask, modifiers=call.modifiers, score=call.score, normalizer=call.normalizer,
         scale=call.scale, query_offset=call.query_offset, key_offset=call.key_offset, dropout=call.dropout,
-        return_lse=True, return_weights=True,
+        return_lse=return_lse, return_weights=True,
     )  # fmt: skip
     if out is None:
-        return tuple(found)
-    out[...] = found.out
-    return (out, *found[1:])
+        out = found.out
+    else:
+        out[...] = found.out
+    return out, found.lse if return_lse else None, found.weights
 
 
 def mask_array(

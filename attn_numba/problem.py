@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_numba.rules import Dot, Dropout, Mask, Modifier, Sizes, Softmax, as_mask, as_modifiers
+from attn_numba.rules import Dot, Dropout, Mask, Modifier, Normalizer, Score, Sizes, as_mask, as_modifiers
 from attn_numba.rules.arguments import (
     ACCUMULATORS,
     check_dtype,
     check_dtypes,
+    check_normalizer,
     check_offsets,
     check_scale,
+    check_score,
     instance,
     sizes_of,
 )
@@ -38,15 +40,15 @@ class Problem(NamedTuple):
     """One call, checked: what every backend computes from."""
 
     q: AnyArray  # (B, H, M, D)
-    k: AnyArray  # (B, Hk, N, D)
+    k: AnyArray  # (B, Hk, N, D), or of another head size, which the score knows
     v: AnyArray  # (B, Hk, N, E)
     sizes: Sizes
     rank: int  # axes of the q that came in, and of the result
     dtype: str
     mask: Mask | None
     modifiers: tuple[Modifier, ...]
-    score: Dot
-    normalizer: Softmax
+    score: Score
+    normalizer: Normalizer
     scale: float
     query_offset: int | AnyArray  # (B,) int32 if not one number
     key_offset: int | AnyArray
@@ -110,7 +112,7 @@ def _four_axes(array: AnyArray) -> AnyArray:
     return array if array.ndim == 4 else array[(np.newaxis,) * (4 - array.ndim)]
 
 
-def check_arrays(q: object, k: object, v: object) -> tuple[AnyArray, AnyArray, AnyArray, Sizes, int]:
+def check_arrays(q: object, k: object, v: object, score: Score) -> tuple[AnyArray, AnyArray, AnyArray, Sizes, int]:
     """Return q, k, v with four axes, the sizes of the call and the rank of q.
 
     Raises
@@ -122,7 +124,7 @@ def check_arrays(q: object, k: object, v: object) -> tuple[AnyArray, AnyArray, A
     """
     queries, keys, values = host_array(q, "q"), host_array(k, "k"), host_array(v, "v")
     check_dtypes(dtype_name(queries.dtype), dtype_name(keys.dtype), dtype_name(values.dtype))
-    sizes = sizes_of(queries.shape, keys.shape, values.shape)
+    sizes = sizes_of(queries.shape, keys.shape, values.shape, score)
     return _four_axes(queries), _four_axes(keys), _four_axes(values), sizes, queries.ndim
 
 
@@ -168,14 +170,14 @@ def check(
     ValueError
         For shapes and values that do not fit.
     """
-    q4, k4, v4, sizes, rank = check_arrays(q, k, v)
+    relation = check_score(score)
+    q4, k4, v4, sizes, rank = check_arrays(q, k, v, relation)
     rule = as_mask(mask)
     chain = as_modifiers(modifiers)
-    dot = instance(score, Dot, "score", "Dot()")
-    softmax = instance(normalizer, Softmax, "normalizer", "Softmax()")
-    softmax.sink_array(sizes)
+    weigher = check_normalizer(normalizer)
+    weigher.check(sizes)
     drop = dropout if dropout is None else instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
-    number = check_scale(scale, dot.default_scale(sizes.D))
+    number = check_scale(scale, relation.default_scale(sizes.D))
     users = [x for x in (rule, *chain, drop) if x is not None]
     query_at, key_at = check_offsets(query_offset, key_offset, sizes, users)
     dtype = dtype_name(q4.dtype)
@@ -186,7 +188,23 @@ def check(
     elif users:
         key = _key(rule, chain, drop, sizes, dtype, number, query_at, key_at)
         _check_rules(key, rule, chain, drop, sizes, query_at, key_at)
-    return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, dot, softmax, number, query_at, key_at, drop, key)
+    return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, relation, weigher, number, query_at, key_at, drop, key)
+
+
+def as_dot(problem: Problem) -> Problem:
+    """Return the same call with the maps of its score applied, so that the dot product of q and k is what remains.
+
+    Mapped rows are in the accumulator's dtype, and so is all that is computed from them.
+    """
+    if isinstance(problem.score, Dot):
+        return problem
+    dtype = problem.accumulator
+    q, k = problem.score.mapped(problem.q.astype(dtype, copy=False), problem.k.astype(dtype, copy=False))
+    sizes = problem.sizes._replace(D=q.shape[-1])
+    return problem._replace(
+        q=q, k=k, v=problem.v.astype(dtype, copy=False), sizes=sizes, dtype=dtype.name, score=Dot(),
+        key=problem.key and (problem.key, sizes, dtype.name),
+    )  # fmt: skip
 
 
 def _key(

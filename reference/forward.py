@@ -19,14 +19,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_numba.rules import Dot, Dropout, Softmax, as_mask, as_modifiers, places_of
+from attn_numba.reference.normalizers import normalized, softmax
+from attn_numba.rules import Dropout, as_mask, as_modifiers, places_of
 from attn_numba.rules.arguments import (
     ACCUMULATORS,
     ANY_DTYPE,
     check_dtypes,
+    check_lse,
+    check_normalizer,
     check_offsets,
     check_parts,
     check_scale,
+    check_score,
     instance,
     sizes_of,
 )
@@ -64,12 +68,13 @@ def attention(
         Which keys a query may attend to; without it, all.
     modifiers : modifier or sequence of modifiers, optional
         Applied to the scores in this order.
-    score : Dot, optional
-        Score of a query and a key.
-    normalizer : Softmax, optional
-        Makes weights of the scores of a row; may hold a sink.
+    score : Dot, Cosine, Bilinear or Additive, optional
+        Score of a query and a key; without it, `Dot`. `Bilinear` and `Additive` also take keys of another head size
+        than the queries.
+    normalizer : Softmax, Sparsemax, Entmax15 or DoubleSoftmax, optional
+        Makes weights of the scores of a row; without it, `Softmax`, which may hold a sink.
     scale : float, optional
-        Factor of the scores; without it ``1 / sqrt(D)``.
+        Factor of the scores; without it ``1 / sqrt(D)`` for `Dot` and 1 for the others.
     query_offset, key_offset : int or int array (B,), optional
         Position of query row 0 and of key row 0. A `query_offset` of None is `key_offset` when ``M == N``.
     dropout : Dropout, optional
@@ -86,6 +91,7 @@ def attention(
         In the dtype and rank of `q`.
     lse : array (B, H, M)
         ``log sum_j exp(s_ij)`` over the allowed keys and the sink; float64 for float64 inputs, else float32.
+        Of `Softmax` only.
     weights : array (B, H, M, N)
         Before dropout; in the dtype of `lse`.
 
@@ -94,11 +100,13 @@ def attention(
     TypeError
         If an argument is of the wrong kind.
     ValueError
-        If shapes do not fit, the scale is NaN, or a rule uses positions and the query offset is unclear.
+        If shapes do not fit, the scale is NaN, a rule uses positions and the query offset is unclear, or `return_lse`
+        is asked of another normalizer than `Softmax`.
 
     Notes
     -----
-    ``w_ij = exp(s_ij - lse_i)`` and ``out_i = sum_j w_ij v_j``, both over the allowed keys of row i.
+    ``w_ij = exp(s_ij - lse_i)``, or as the normalizer says, and ``out_i = sum_j w_ij v_j``, both over the allowed keys
+    of row i.
 
     References
     ----------
@@ -115,10 +123,12 @@ def attention(
     """
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
     check_dtypes(q.dtype.name, k.dtype.name, v.dtype.name)
-    sizes = sizes_of(q.shape, k.shape, v.shape)
+    score = check_score(score)
+    sizes = sizes_of(q.shape, k.shape, v.shape, score)
     mask, modifiers = as_mask(mask), as_modifiers(modifiers)
-    score = instance(score, Dot, "score", "Dot()")
-    normalizer = instance(normalizer, Softmax, "normalizer", "Softmax()")
+    normalizer = check_normalizer(normalizer)
+    normalizer.check(sizes)
+    check_lse(return_lse, normalizer)
     if dropout is not None:
         dropout = instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
     scale = check_scale(scale, score.default_scale(sizes.D))
@@ -130,14 +140,17 @@ def attention(
     places = places_of(sizes, query_offset, key_offset)
     precision = _Precision.of(compute_dtype)
 
-    # Arrays with all four axes, and one key head for each query head.
-    shared = sizes.H // sizes.Hk
+    # Arrays with all four axes.
     queries = precision.inputs(q).reshape(sizes.B, sizes.H, sizes.M, sizes.D)
-    keys = precision.inputs(k).reshape(sizes.B, sizes.Hk, sizes.N, sizes.D).repeat(shared, axis=1)
-    values = precision.inputs(v).reshape(sizes.B, sizes.Hk, sizes.N, sizes.E).repeat(shared, axis=1)
+    keys = precision.inputs(k).reshape(sizes.B, sizes.Hk, sizes.N, k.shape[-1])
+    values = precision.inputs(v).reshape(sizes.B, sizes.Hk, sizes.N, sizes.E)
 
     with np.errstate(all="ignore"):  # excluded places may hold anything
-        s = (queries @ keys.swapaxes(2, 3)) * precision.number(scale)
+        queries, keys = score.mapped(queries, keys)
+        shared = sizes.H // sizes.Hk  # query heads that read one key head: as many copies of it
+        keys, values = keys.repeat(shared, axis=1), values.repeat(shared, axis=1)
+
+        s = score.between(queries, keys) * precision.number(scale)
         allowed = np.ones(s.shape, np.bool_)
         for modifier in modifiers:
             s = modifier.evaluate(s, places, sizes)
@@ -148,8 +161,7 @@ def attention(
             allowed &= mask.evaluate(places, sizes)
         allowed &= s != -np.inf
 
-        sink = normalizer.sink_array(sizes)
-        weights, lse = _softmax(s, allowed, None if sink is None else sink.astype(s.dtype)[:, :, None])
+        weights, lse = normalized(normalizer, s, allowed, sizes)
         used = weights
         if dropout is not None:
             kept = dropout.kept(places, sizes)
@@ -162,19 +174,6 @@ def attention(
         lse.reshape(q.shape[:-1]).astype(accumulator) if return_lse else None,
         weights.reshape(*q.shape[:-1], sizes.N).astype(accumulator) if return_weights else None,
     )
-
-
-def _softmax(s: np.ndarray, allowed: np.ndarray, sink: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights and the logarithm of the sum, over the allowed keys; `sink` (B, H, 1) is one more key."""
-    greatest = np.where(allowed, s, -np.inf).max(axis=-1, initial=-np.inf).astype(s.dtype)
-    if sink is not None:
-        greatest = np.maximum(greatest, sink)
-    shift = np.where(greatest == -np.inf, 0, greatest).astype(s.dtype)  # a row with no key at all
-    powers = np.where(allowed, np.exp(s - shift[..., None]), 0).astype(s.dtype)
-    total = powers.sum(axis=-1)
-    if sink is not None:
-        total = total + np.exp(sink - shift)
-    return np.where(allowed, powers / total[..., None], 0).astype(s.dtype), shift + np.log(total)
 
 
 def _weighted_sum(weights: np.ndarray, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -236,7 +235,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Merged:
         parts = np.concatenate([parts, np.broadcast_to(extra[None, :, :, None, None], (1, *parts.shape[1:]))])
         partial = np.concatenate([partial, np.zeros((1, *partial.shape[1:]))])
     with np.errstate(all="ignore"):
-        weights, lse = _softmax(np.moveaxis(parts, 0, -1), np.moveaxis(parts, 0, -1) != -np.inf, None)
+        weights, lse = softmax(np.moveaxis(parts, 0, -1), np.moveaxis(parts, 0, -1) != -np.inf)
         weights = np.moveaxis(weights, -1, 0)
         out = np.where(parts != -np.inf, weights * partial, 0).sum(axis=0)
     return Merged(out.reshape(outs[0].shape).astype(outs[0].dtype), lse.reshape(lses[0].shape).astype(lses[0].dtype))

@@ -15,17 +15,22 @@ from typing import Any
 import numpy as np
 
 from attn_numba.rules import (
+    Additive,
     ALiBi,
     AllOf,
     AnyOf,
     Bias,
+    Bilinear,
     BlockSparse,
     Causal,
+    Cosine,
     CustomMask,
     CustomModifier,
     Dense,
     Dot,
+    DoubleSoftmax,
     Dropout,
+    Entmax15,
     Neighborhood,
     Not,
     Padding,
@@ -36,6 +41,7 @@ from attn_numba.rules import (
     SlidingWindow,
     SoftCap,
     Softmax,
+    Sparsemax,
     Temperature,
     as_mask,
     as_modifiers,
@@ -228,6 +234,17 @@ def slopes(rng, z):
     return ALiBi(2.0 ** -np.linspace(1, 8, z.H))
 
 
+def bilinear(*heads):
+    def build(rng, z):
+        return Bilinear(rng.standard_normal((*(getattr(z, a) for a in heads), z.D, z.D)) / z.D)
+
+    return build
+
+
+def additive(rng, z):
+    return Additive(rng.standard_normal((5, z.D)) / z.D, rng.standard_normal((5, z.D)) / z.D, rng.standard_normal(5))
+
+
 def custom_table(rng, z):
     return CustomMask(lambda b, h, i, j, p: (p[0][b, j] < 3) | (i == j), params=(rng.integers(0, 6, (z.B, z.N)),))
 
@@ -256,6 +273,7 @@ def cases() -> Iterator[Case]:
     yield from masks()
     yield from modifiers()
     yield from options()
+    yield from scores()
     yield from pairs()
 
 
@@ -436,6 +454,25 @@ def options() -> Iterator[Case]:
     )
 
 
+def scores() -> Iterator[Case]:
+    yield Case("Cosine", sized(), with_(score=Cosine()))
+    yield Case("Cosine, sharp", sized(), with_(score=Cosine(), scale=20.0))
+    yield Case("Cosine and causal and grouped heads", square(H=6, Hk=2, D=17), with_(score=Cosine(), mask=Causal()))
+    yield Case("Cosine, layout columns", sized(D=40), with_(score=Cosine()), layout="columns")
+    yield Case("Bilinear", sized(), with_(score=bilinear()))
+    yield Case("Bilinear by head, grouped heads", sized(H=6, Hk=3, E=9), with_(score=bilinear("H"), scale=-0.7))
+    yield Case("Bilinear and modifiers", square(), with_(score=bilinear(), modifiers=SoftCap(2.0), mask=Causal()))
+    yield Case("hidden NaN and Cosine", sized(B=3), with_(score=Cosine(), mask=Padding([70, 33, 0])), poison="hidden")
+
+
+def lacking() -> Iterator[Case]:
+    """Yield what only the reference computes; every other backend refuses it by name."""
+    yield Case("Additive", sized(), with_(score=additive))
+    yield Case("Sparsemax", sized(), with_(normalizer=Sparsemax()))
+    yield Case("Entmax15", sized(), with_(normalizer=Entmax15()))
+    yield Case("DoubleSoftmax", sized(), with_(normalizer=DoubleSoftmax()))
+
+
 def pairs() -> Iterator[Case]:
     yield Case(
         "window and decode", sized(B=3, H=6, Hk=2, M=1, N=300), with_(mask=SlidingWindow(63, 0), query_offset=299)
@@ -517,6 +554,7 @@ def pairs() -> Iterator[Case]:
 
 
 CASES = tuple(cases())
+LACKING = tuple(lacking())
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -52,7 +52,7 @@ def public() -> Iterator[tuple[str, Any]]:
     """Yield every public function and class, and the public methods that a class defines itself, once each."""
     owners = [("attn_numba", an, [name for name in an.__all__ if name not in {"reference", "rules"}])]
     owners.append(("attn_numba.reference", reference, reference.__all__))
-    for short in ("files", "job", "comparison", "workloads", "cli"):
+    for short in ("files", "job", "comparison", "workloads", "cli", "sequences"):
         module = importlib.import_module(f"attn_numba.{short}")
         owners.append((module.__name__, module, module.__all__))
     for prefix, owner, names in owners:
@@ -71,7 +71,7 @@ RULES = {
     name: thing
     for name, thing in PUBLIC.items()
     if inspect.isclass(thing)
-    and issubclass(thing, rules.Mask | rules.Modifier | rules.Dropout | rules.Dot | rules.Softmax)
+    and issubclass(thing, rules.Mask | rules.Modifier | rules.Dropout | rules.Score | rules.Normalizer)
 }
 
 

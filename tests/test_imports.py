@@ -28,6 +28,8 @@ ALLOWED = {
     "reference": {"rules", "reference"},
     "api": {"", "rules", "problem", "parallel", "partition", "cpu", "reference"},
     "layers": {"rules", "problem", "api"},
+    "recurrent": {"rules", "problem", "api"},
+    "sequences": {"rules"},
     "testing": {"rules", "problem", "api", "comparison", "reference"},
     "integrations": {"integrations"},
     "files": {"integrations"},
@@ -41,6 +43,7 @@ WHEN_CALLED = {"cpu", "integrations", "reference"}  # imported inside functions 
 MAY_LOAD_REFERENCE = {"comparison", "testing", "reference"}  # at import; the others when they are called
 LIBRARIES = {
     "cpu": {"numpy", "numba", "llvmlite", "scipy"},
+    "sequences": {"numpy", "scipy"},
     "integrations": {"numpy"},  # and the one library that the file is named after
 }
 

@@ -32,37 +32,45 @@ from attn_numba.rules.modifiers import (
     Temperature,
     as_modifiers,
 )
-from attn_numba.rules.normalizers import Softmax
+from attn_numba.rules.normalizers import DoubleSoftmax, Entmax15, Normalizer, Softmax, Sparsemax
 from attn_numba.rules.places import SYMBOLS, Places, Sizes, places_of
-from attn_numba.rules.scores import Dot
+from attn_numba.rules.scores import Additive, Bilinear, Cosine, Dot, Score
 
 __all__ = [
     "SYMBOLS",
     "ALiBi",
+    "Additive",
     "AllOf",
     "AnyOf",
     "Bias",
+    "Bilinear",
     "BlockSparse",
     "Causal",
+    "Cosine",
     "CustomMask",
     "CustomModifier",
     "Dense",
     "Dot",
+    "DoubleSoftmax",
     "Dropout",
+    "Entmax15",
     "Mask",
     "MaskFormula",
     "Modifier",
     "Neighborhood",
+    "Normalizer",
     "Not",
     "Padding",
     "Places",
     "PrefixLM",
     "ReplaceExcluded",
     "SameDocument",
+    "Score",
     "Sizes",
     "SlidingWindow",
     "SoftCap",
     "Softmax",
+    "Sparsemax",
     "Temperature",
     "as_mask",
     "as_modifiers",

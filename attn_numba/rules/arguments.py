@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from attn_numba.rules.data import AnyArray, as_array
-from attn_numba.rules.normalizers import Softmax
+from attn_numba.rules.normalizers import Normalizer, Softmax
 from attn_numba.rules.places import Sizes
+from attn_numba.rules.scores import Dot, Score
 
 # dtype of q, k, v and out -> dtype of sums, of lse and of weights
 ACCUMULATORS: dict[str, np.dtype[Any]] = {
@@ -23,6 +24,8 @@ ACCUMULATORS: dict[str, np.dtype[Any]] = {
 DTYPES = tuple(ACCUMULATORS)
 ANY_DTYPE = f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
 POSITION_LIMIT = 2**30
+ANY_SCORE = "Dot(), Cosine(), Bilinear(W) or Additive(Wq, Wk, w)"
+ANY_NORMALIZER = "Softmax(), Sparsemax(), Entmax15() or DoubleSoftmax()"
 LETTERS = {"q": "(B, H, M, D)", "k": "(B, Hk, N, D)", "v": "(B, Hk, N, E)"}
 
 Kind = TypeVar("Kind")
@@ -62,8 +65,10 @@ def check_dtype(name: str, dtype: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}; needed {ANY_DTYPE}")
 
 
-def sizes_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Sizes:
+def sizes_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], score: Score) -> Sizes:
     """Return the sizes of a call from the shapes of q, k and v; missing leading axes count as 1.
+
+    The score says which head sizes of q and k go together.
 
     Raises
     ------
@@ -76,8 +81,6 @@ def sizes_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Size
     for name, sequences in (("k", Bk), ("v", Bv)):
         if sequences != B:
             raise ValueError(f"{name} has {sequences} sequences; q has {B}")
-    if Dk != D:
-        raise ValueError(f"k has head size {Dk}; q has {D}")
     if D < 1 or E < 1:
         raise ValueError(f"{'q has head' if D < 1 else 'v has value'} size 0; needed at least 1")
     if H < 1 or Hk < 1:
@@ -88,7 +91,9 @@ def sizes_of(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Size
         raise ValueError(f"v has {Hv} heads; k has {Hk}")
     if Nv != N:
         raise ValueError(f"v has {Nv} rows; k has {N}")
-    return Sizes(B, H, Hk, M, N, D, E)
+    sizes = Sizes(B, H, Hk, M, N, D, E)
+    score.check(sizes, Dk)
+    return sizes
 
 
 def _four_sizes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -177,16 +182,48 @@ def check_offsets(
     return 0, key_at
 
 
+def check_score(score: object) -> Score:
+    """Return the score; `Dot` for None.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    """
+    return Dot() if score is None else instance(score, Score, "score", ANY_SCORE)
+
+
+def check_normalizer(normalizer: object) -> Normalizer:
+    """Return the normalizer; `Softmax` for None.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    """
+    return Softmax() if normalizer is None else instance(normalizer, Normalizer, "normalizer", ANY_NORMALIZER)
+
+
+def check_lse(return_lse: object, normalizer: Normalizer) -> None:
+    """Check that the normalizer has the logarithm of a sum of exponentials, if that is asked for.
+
+    Raises
+    ------
+    ValueError
+        If it has not.
+    """
+    if return_lse and not isinstance(normalizer, Softmax):
+        raise ValueError(f"return_lse is {return_lse}, but {type(normalizer).__name__} has no lse; needed Softmax()")
+
+
 def instance(x: object, kind: type[Kind], name: str, example: str) -> Kind:
-    """Return `x`, or a new `kind` for None.
+    """Return `x`, which is a `kind`.
 
     Raises
     ------
     TypeError
         If `x` is something else; `example` says what to pass.
     """
-    if x is None:
-        return kind()
     if isinstance(x, kind):
         return x
     what = f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__

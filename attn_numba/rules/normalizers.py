@@ -10,11 +10,32 @@ import numpy as np
 from attn_numba.rules.data import AnyArray, fitted, floats
 from attn_numba.rules.places import Sizes
 
-__all__ = ["Softmax"]
+__all__ = ["DoubleSoftmax", "Entmax15", "Normalizer", "Softmax", "Sparsemax"]
+
+
+class Normalizer:
+    """What normalizers share.
+
+    Attributes
+    ----------
+    streams : bool
+        Whether it can be computed over parts of the keys and merged.
+    """
+
+    streams: ClassVar[bool] = False
+
+    def check(self, sizes: Sizes) -> None:
+        """Check the normalizer against one call.
+
+        Raises
+        ------
+        ValueError
+            If an array of it does not fit.
+        """
 
 
 @dataclass(frozen=True, eq=False)
-class Softmax:
+class Softmax(Normalizer):
     """Weigh by the exponential of the score, over its sum in the row.
 
     Parameters
@@ -37,7 +58,7 @@ class Softmax:
     """
 
     sink: Any = None
-    streams: ClassVar[bool] = True  # can be computed over parts of the keys and merged
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.sink is not None:
@@ -46,8 +67,49 @@ class Softmax:
                 raise ValueError("Softmax: sink holds NaN; needed numbers")
             object.__setattr__(self, "sink", sink)
 
+    def check(self, sizes: Sizes) -> None:
+        self.sink_array(sizes)
+
     def sink_array(self, sizes: Sizes) -> AnyArray | None:
         """Return the sink of each query head as a float64 array (B, H), or None if there is none."""
         if self.sink is None:
             return None
         return fitted("Softmax", "sink", self.sink.astype(np.float64), "BH", sizes)
+
+
+@dataclass(frozen=True)
+class Sparsemax(Normalizer):
+    """Weigh by how far the score is above a threshold: ``max(s - t, 0)``, with t such that the row sums to 1.
+
+    The weights of a row are the point of the simplex that is nearest to its scores; scores far below the greatest get
+    exactly 0.
+
+    References
+    ----------
+    A. F. T. Martins and R. F. Astudillo (2016), "From softmax to sparsemax: a sparse model of attention and
+    multi-label classification", equations 2 and 3, algorithm 1.
+    """
+
+
+@dataclass(frozen=True)
+class Entmax15(Normalizer):
+    """Weigh by ``max(s / 2 - t, 0) ** 2``, with t such that the row sums to 1: between softmax and sparsemax.
+
+    References
+    ----------
+    B. Peters, V. Niculae and A. F. T. Martins (2019), "Sparse sequence-to-sequence models", equation 10 with alpha =
+    1.5, algorithm 2.
+    """
+
+
+@dataclass(frozen=True)
+class DoubleSoftmax(Normalizer):
+    """Weigh by the softmax of the softmax of the scores, both over the allowed keys of the row; ours.
+
+    ``a_ij = exp(s_ij) / sum_k exp(s_ik)``, then ``w_ij = exp(a_ij) / sum_k exp(a_ik)``: no weight is more than e times
+    another.
+
+    References
+    ----------
+    Each of the two steps: A. Vaswani et al. (2017), "Attention is all you need", equation 1. Their sequence is ours.
+    """

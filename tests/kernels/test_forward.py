@@ -7,7 +7,7 @@ import attn_numba as an
 from attn_numba import rules
 from attn_numba.rules.base import Rule
 from attn_numba.testing import check_attention
-from cases import CASES, rules_of
+from cases import CASES, LACKING, rules_of
 
 BACKENDS = [name for name, (available, _) in an.backends().items() if available]
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -32,10 +32,19 @@ def test_reference_as_a_backend(case):
 @pytest.mark.parametrize("name", [name for name in rules.__all__ if name[0].isupper() and name != "SYMBOLS"])
 def test_every_rule_has_a_case(name):
     rule = getattr(rules, name)
-    if rule in (rules.Mask, rules.Modifier, rules.MaskFormula, rules.Places, rules.Sizes):
+    abstract = (rules.Mask, rules.Modifier, rules.Score, rules.Normalizer)
+    if rule in (*abstract, rules.MaskFormula, rules.Places, rules.Sizes):
         pytest.skip("no rule but what rules are made of")
-    assert issubclass(rule, Rule) or rule in (rules.Dot, rules.Softmax, rules.Dropout)
-    assert any(type(used) is rule for case in CASES for used in rules_of(case.kwargs()))
+    assert issubclass(rule, Rule | rules.Score | rules.Normalizer | rules.Dropout)
+    assert any(type(used) is rule for case in (*CASES, *LACKING) for used in rules_of(case.kwargs()))
+
+
+@pytest.mark.parametrize("case", LACKING, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_what_a_backend_lacks_is_refused_by_name(case, backend):
+    q, k, v, kwargs = case.build("float32")
+    with pytest.raises(NotImplementedError, match=f"{backend}.*{case.name}.*'reference'"):
+        an.attention(q, k, v, **kwargs, backend=backend)
 
 
 @pytest.mark.parametrize("size", [300, 512, 1000, 2000])

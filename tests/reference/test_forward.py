@@ -10,9 +10,12 @@ from attn_numba import reference
 from attn_numba.rules import (
     ALiBi,
     Bias,
+    Bilinear,
     Causal,
+    Cosine,
     CustomMask,
     Dense,
+    Dot,
     Dropout,
     Padding,
     Places,
@@ -280,6 +283,15 @@ def philox_word(seed, counter):
     return c
 
 
+def one_score(score, x, y, h):
+    """Return the score of a query and a key, in Python numbers."""
+    if isinstance(score, Bilinear):
+        W = score.W if score.W.ndim == 2 else score.W[h]
+        return math.fsum(x[d] * float(W[d, e]) * y[e] for d in range(len(x)) for e in range(len(y)))
+    dot = math.fsum(a * b for a, b in zip(x, y, strict=True))
+    return dot / (math.hypot(*x) * math.hypot(*y)) if isinstance(score, Cosine) else dot
+
+
 def one_row(q, k, v, z, kwargs, b, h, row):
     """Output, lse and weights of one query, in Python numbers, key by key."""
     per_sequence = lambda x: int(np.broadcast_to(x, (z.B,))[b])  # noqa: E731
@@ -287,7 +299,8 @@ def one_row(q, k, v, z, kwargs, b, h, row):
     query_offset = kwargs.get("query_offset")
     query_offset = key_offset if query_offset is None else query_offset
     scale = kwargs.get("scale")
-    scale = 1 / math.sqrt(z.D) if scale is None else scale
+    score = kwargs.get("score", Dot())
+    scale = (1 / math.sqrt(z.D) if isinstance(score, Dot) else 1.0) if scale is None else scale
     head = h // (z.H // z.Hk)
     mask, modifiers = kwargs.get("mask"), kwargs.get("modifiers", ())
     mask = Dense(mask) if isinstance(mask, np.ndarray) else mask
@@ -299,7 +312,7 @@ def one_row(q, k, v, z, kwargs, b, h, row):
             continue
         if any((e := m.excluded(at, z)) is not None and e for m in modifiers):
             continue
-        s = math.fsum(float(x) * float(y) for x, y in zip(q[b, h, row], k[b, head, col], strict=True)) * scale
+        s = one_score(score, q[b, h, row].tolist(), k[b, head, col].tolist(), h) * scale
         for m in modifiers:
             s = float(m.evaluate(np.float64(s), at, z))
         if s != -math.inf:
