@@ -40,17 +40,8 @@ define void @serve(i64 %box) {{
   %finished.at = call ptr @place(i64 %box, i64 {FINISHED})
   br label %watch
 watch:
-  br label %look
-look:
-  %n = phi i64 [0, %watch], [%next, %none]
-  %seen = load atomic i64, ptr %ticket.at seq_cst, align 8
-  %posted = icmp eq i64 %seen, 1
-  br i1 %posted, label %take, label %none
-none:
-  {pause}
-  %next = add i64 %n, 1
-  %patient = icmp ult i64 %next, {WATCHES}
-  br i1 %patient, label %look, label %rest
+  %posted = call i1 @comes(ptr %ticket.at)
+  br i1 %posted, label %take, label %rest
 rest:
   store atomic i64 1, ptr %asleep.at seq_cst, align 8
   %late = load atomic i64, ptr %ticket.at seq_cst, align 8
@@ -91,22 +82,6 @@ end:
   ret void
 }}
 
-define void @summon(i64 %boxes, i64 %count) {{
-  br label %head
-head:
-  %n = phi i64 [0, %0], [%next, %body]
-  %more = icmp ult i64 %n, %count
-  br i1 %more, label %body, label %end
-body:
-  %at = mul i64 %n, 8
-  %box = call i64 @word(i64 %boxes, i64 %at)
-  call void @rouse(i64 %box)
-  %next = add i64 %n, 1
-  br label %head
-end:
-  ret void
-}}
-
 define void @launch(i64 %worker, i64 %state, i64 %boxes, i64 %count) {{
   br label %head
 head:
@@ -143,21 +118,10 @@ back:
   %posted.at = call ptr @place(i64 %helper, i64 {TICKET})
   %old = cmpxchg ptr %posted.at, i64 1, i64 0 seq_cst seq_cst
   %idle = extractvalue {{i64, i1}} %old, 1
-  br i1 %idle, label %collected, label %watch
-watch:
-  %ready.at = call ptr @place(i64 %helper, i64 {FINISHED})
-  br label %look
-look:
-  %looks = phi i64 [0, %watch], [%more.looks, %none]
-  %seen = load atomic i64, ptr %ready.at seq_cst, align 8
-  %ready = icmp eq i64 %seen, 1
-  br i1 %ready, label %wait, label %none
-none:
-  {pause}
-  %more.looks = add i64 %looks, 1
-  %patient = icmp ult i64 %more.looks, {WATCHES}
-  br i1 %patient, label %look, label %wait
+  br i1 %idle, label %collected, label %wait
 wait:
+  %ready.at = call ptr @place(i64 %helper, i64 {FINISHED})
+  call i1 @comes(ptr %ready.at)  ; most often: then the lock is about to be free
   %done = call i64 @word(i64 %helper, i64 {DONE})
   call i32 @acquire(i64 %done)
   br label %collected
@@ -166,6 +130,22 @@ collected:
   br label %collect
 end:
   ret void
+}}
+
+define internal i1 @comes(ptr %at) {{
+  br label %look
+look:
+  %n = phi i64 [0, %0], [%next, %none]
+  %seen = load atomic i64, ptr %at seq_cst, align 8
+  %there = icmp eq i64 %seen, 1
+  br i1 %there, label %end, label %none
+none:
+  {pause}
+  %next = add i64 %n, 1
+  %patient = icmp ult i64 %next, {WATCHES}
+  br i1 %patient, label %look, label %end
+end:
+  ret i1 %there
 }}
 
 define internal ptr @place(i64 %base, i64 %offset) alwaysinline {{
@@ -193,8 +173,8 @@ define internal void @release(i64 %lock) {{
 }}
 """
 
-_words = ctypes.c_int64
-SIGNATURES = {"serve": (_words,), "summon": (_words, _words), "launch": (_words, _words, _words, _words)}
+_word = ctypes.c_int64
+SIGNATURES = {"serve": (_word,), "rouse": (_word,), "launch": (_word,) * 4}
 
 
 @functools.cache
@@ -248,8 +228,8 @@ class Team:
     def __init__(self, count: int) -> None:
         self._helpers = [_take() for _ in range(count)]
         self._boxes = (ctypes.c_int64 * count)(*(helper.address for helper in self._helpers))
-        if count:
-            _code()["summon"](ctypes.addressof(self._boxes), count)
+        for helper in self._helpers:
+            _code()["rouse"](helper.address)
 
     def __enter__(self) -> Team:
         return self
