@@ -16,7 +16,7 @@ from attn_numba import problem as problems
 from attn_numba.parallel import thread_count
 from attn_numba.partition import merge
 from attn_numba.problem import Problem
-from attn_numba.rules import Softmax, as_mask, places_of
+from attn_numba.rules import as_mask, places_of
 from attn_numba.rules.arguments import ANY_DTYPE, DTYPES, check_lse, check_offsets
 from attn_numba.rules.results import result_of
 
@@ -98,7 +98,7 @@ def attention(
         For shapes and values that do not fit; where a rule uses positions, ``M != N`` and `query_offset` is None; and
         where `return_lse` is asked of another normalizer than `Softmax`.
     NotImplementedError
-        For what the backend does not offer: "cpu" computes neither `Additive` nor a normalizer but `Softmax`.
+        For what the backend does not offer.
 
     Notes
     -----
@@ -163,34 +163,34 @@ def _backend(backend: str, *arrays: Any) -> str:
 
 
 def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:
-    _require_on_cpu(call)
-    try:
-        from attn_numba.cpu.engine import attention as compute
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
-            raise
-        raise NotImplementedError(
-            f"backend 'cpu' needs numba, which is not installed; 'reference' runs without: {error}"
-        ) from error
+    compute = cpu_engine().attention
     s = call.sizes
     if out is None:
         out = np.empty((s.B, s.H, s.M, s.E), call.q.dtype)
     lse = np.empty((s.B, s.H, s.M), call.accumulator) if return_lse else None
     weights = np.zeros((s.B, s.H, s.M, s.N), call.accumulator) if return_weights else None
     if s.B and s.M:
-        dots = problems.as_dot(call)
-        result = out if dots.dtype == call.dtype else np.empty(out.shape, dots.dtype)
-        compute(dots, result, lse, weights)
-        if result is not out:
-            out[...] = result
+        compute(call, out, lse, weights)
     return out, lse, weights
 
 
-def _require_on_cpu(call: Problem) -> None:
-    """Refuse by name what the CPU kernels do not compute."""
-    for rule, served in ((call.score, call.score.dots), (call.normalizer, isinstance(call.normalizer, Softmax))):
-        if not served:
-            raise NotImplementedError(f"backend 'cpu' does not compute {type(rule).__name__}; backend='reference' does")
+def cpu_engine() -> Any:
+    """Return the module that runs calls on the CPU.
+
+    Raises
+    ------
+    NotImplementedError
+        If numba is not installed.
+    """
+    try:
+        from attn_numba.cpu import engine
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
+            raise
+        raise NotImplementedError(
+            f"backend 'cpu' needs numba, which is not installed; 'reference' runs without: {error}"
+        ) from error
+    return engine
 
 
 def _on_reference(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:

@@ -191,10 +191,11 @@ def check(
     return Problem(q4, k4, v4, sizes, rank, dtype, rule, chain, relation, weigher, number, query_at, key_at, drop, key)
 
 
-def as_dot(problem: Problem) -> Problem:
-    """Return the same call with the maps of its score applied, so that the dot product of q and k is what remains.
+def mapped(problem: Problem) -> Problem:
+    """Return the same call with the maps of its score applied to q and k.
 
-    Mapped rows are in the accumulator's dtype, and so is all that is computed from them.
+    What remains to be done for a score of `dots` is the dot product. Mapped rows are in the accumulator's dtype, and so
+    is all that is computed from them.
     """
     if isinstance(problem.score, Dot):
         return problem
@@ -202,7 +203,8 @@ def as_dot(problem: Problem) -> Problem:
     q, k = problem.score.mapped(problem.q.astype(dtype, copy=False), problem.k.astype(dtype, copy=False))
     sizes = problem.sizes._replace(D=q.shape[-1])
     return problem._replace(
-        q=q, k=k, v=problem.v.astype(dtype, copy=False), sizes=sizes, dtype=dtype.name, score=Dot(),
+        q=q, k=k, v=problem.v.astype(dtype, copy=False), sizes=sizes, dtype=dtype.name,
+        score=Dot() if problem.score.dots else problem.score,
         key=problem.key and (problem.key, sizes, dtype.name),
     )  # fmt: skip
 

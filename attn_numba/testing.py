@@ -22,8 +22,8 @@ import numpy as np
 from attn_numba.api import attention, backends
 from attn_numba.comparison import largest_difference
 from attn_numba.reference import attention as reference_attention
-from attn_numba.rules import SYMBOLS, Mask, Modifier, Places, Sizes, as_mask, as_modifiers, places_of
-from attn_numba.rules.arguments import check_offsets
+from attn_numba.rules import SYMBOLS, Mask, Modifier, Places, Sizes, Softmax, as_mask, as_modifiers, places_of
+from attn_numba.rules.arguments import check_normalizer, check_offsets
 from attn_numba.rules.base import Rule
 from attn_numba.rules.data import AnyArray
 from attn_numba.rules.formula import Binder, evaluate, symbol
@@ -243,7 +243,7 @@ def check_slope(modifier: Modifier, sizes: Sizes, query_offset: Any, key_offset:
 def check_attention(
     q: Any, k: Any, v: Any, backend: str = "auto", *, name: str = "attention", last_places: int = 4, **rules: Any
 ) -> None:
-    """Check a backend's output, lse and weights against the reference in float64.
+    """Check a backend's output, lse (of a softmax) and weights against the reference in float64.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ def check_attention(
         If a result errs more than twice what the reference errs when it computes in the dtype of q, plus the units in
         the last place; or is not finite where it should be, or the other way round.
     """
-    asked = {"return_lse": True, "return_weights": True}
+    asked = {"return_lse": isinstance(check_normalizer(rules.get("normalizer")), Softmax), "return_weights": True}
     wide = [np.asarray(x).astype(np.float64) for x in (q, k, v)]
     q = np.asarray(q)
     exact = reference_attention(*wide, **rules, **asked)

@@ -241,8 +241,14 @@ def bilinear(*heads):
     return build
 
 
-def additive(rng, z):
-    return Additive(rng.standard_normal((5, z.D)) / z.D, rng.standard_normal((5, z.D)) / z.D, rng.standard_normal(5))
+def additive(rng, z, hidden=5):
+    wq, wk = (rng.standard_normal((hidden, z.D)) / z.D for _ in range(2))
+    return Additive(wq, wk, rng.standard_normal(hidden) / np.sqrt(hidden))
+
+
+def additive_by_head(rng, z):
+    wq, wk = (rng.standard_normal((heads, 7, z.D)) / z.D for heads in (z.H, z.Hk))
+    return Additive(wq, wk, rng.standard_normal((z.H, 7)))
 
 
 def custom_table(rng, z):
@@ -274,6 +280,7 @@ def cases() -> Iterator[Case]:
     yield from modifiers()
     yield from options()
     yield from scores()
+    yield from normalizers()
     yield from pairs()
 
 
@@ -465,12 +472,34 @@ def scores() -> Iterator[Case]:
     yield Case("hidden NaN and Cosine", sized(B=3), with_(score=Cosine(), mask=Padding([70, 33, 0])), poison="hidden")
 
 
-def lacking() -> Iterator[Case]:
-    """Yield what only the reference computes; every other backend refuses it by name."""
+def normalizers() -> Iterator[Case]:
     yield Case("Additive", sized(), with_(score=additive))
-    yield Case("Sparsemax", sized(), with_(normalizer=Sparsemax()))
-    yield Case("Entmax15", sized(), with_(normalizer=Entmax15()))
-    yield Case("DoubleSoftmax", sized(), with_(normalizer=DoubleSoftmax()))
+    yield Case("Additive by head, grouped heads", sized(H=6, Hk=2, E=33), with_(score=additive_by_head))
+    yield Case("Additive, many hidden units", sized(M=17, N=41), with_(score=lambda rng, z: additive(rng, z, 700)))
+    yield Case(
+        "Additive and Sparsemax and causal", square(), with_(score=additive, normalizer=Sparsemax(), mask=Causal())
+    )
+    for normalizer in (Sparsemax(), Entmax15(), DoubleSoftmax()):
+        name = type(normalizer).__name__
+        yield Case(name, sized(), with_(normalizer=normalizer))
+        yield Case(f"{name}, sharp", sized(), with_(normalizer=normalizer, scale=3.0), amplitude=1.5)
+        yield Case(f"{name}, flat", sized(), with_(normalizer=normalizer, scale=1e-3))
+        yield Case(f"{name}, negative scale", sized(), with_(normalizer=normalizer, scale=-0.3))
+        yield Case(f"{name}, many keys", sized(B=1, H=2, Hk=1, M=20, N=1777), with_(normalizer=normalizer))
+        yield Case(f"{name}, one query", sized(M=1, N=900), with_(normalizer=normalizer))
+        yield Case(f"{name}, one key", sized(N=1), with_(normalizer=normalizer))
+        yield Case(f"{name}, no key", sized(N=0), with_(normalizer=normalizer))
+        yield Case(
+            f"{name}, dropout and empty rows",
+            sized(),
+            with_(normalizer=normalizer, dropout=Dropout(0.3, 77), mask=empty_rows, query_offset=0),
+        )
+        yield Case(
+            f"{name}, modifiers",
+            square(),
+            with_(normalizer=normalizer, modifiers=lambda rng, z: [SoftCap(2.0), slopes(rng, z)]),
+        )
+        yield Case(f"{name} and Cosine", sized(), with_(normalizer=normalizer, score=Cosine(), scale=5.0))
 
 
 def pairs() -> Iterator[Case]:
@@ -554,7 +583,6 @@ def pairs() -> Iterator[Case]:
 
 
 CASES = tuple(cases())
-LACKING = tuple(lacking())
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -112,9 +112,19 @@ def with_sink(rng, z):
     return {**dense(rng, z), "normalizer": an.Softmax(rng.standard_normal(z.H))}
 
 
+def normalized(rng, z):
+    kind = (an.Sparsemax, an.Entmax15, an.DoubleSoftmax)[rng.integers(3)]
+    return {**(causal, dense, some_keys)[rng.integers(3)](rng, z), "normalizer": kind()}
+
+
+def added(rng, z):
+    wq, wk = (rng.standard_normal((9, z.D)) / np.sqrt(z.D) for _ in range(2))
+    return {**normalized(rng, z), "score": an.Additive(wq, wk, rng.standard_normal(9) / 3)}
+
+
 RULES = (
     no_mask, causal, window, padding, dense, some_keys, bias, capped_bias, causal_and_keys, joined, blocks, custom,
-    replaced, dropped, with_sink,
+    replaced, dropped, with_sink, normalized, added,
 )  # fmt: skip
 
 

@@ -18,13 +18,11 @@ The functions below run in compiled workers and check nothing. `unit` says what 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from attn_numba.cpu.keys import clear_marks, mark_rows, pack_tile, plan_ahead
 from attn_numba.cpu.rows import clear, compiled, inlined, read_row, write_row
-from attn_numba.cpu.softmax import attend_rows, score_rows
+from attn_numba.cpu.softmax import attend_rows, divided, score_rows
 from attn_numba.cpu.state import call_of
 from attn_numba.cpu.strips import attend_strips, begin_strips, mark_strips, score_strips
 from attn_numba.cpu.tiles import (
@@ -40,11 +38,9 @@ from attn_numba.cpu.tiles import (
     word_bytes,
 )
 
-LN2 = math.log(2.0)
-
 
 @compiled
-def _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit):
+def load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit):
     """Copy the item's query rows, group by group; rows to spare and odd halves are zero."""
     number = accumulator(unit)
     word = word_bytes(unit)
@@ -71,28 +67,15 @@ def _finish(call, space, b, h, i0, g, rows, unit):
     """Add the sink, divide by the total, write the result rows and their lse; leave 1 / total for the weights."""
     number = accumulator(unit)
     word = word_bytes(unit)
-    wide = np.float64(0.0)
-    sink = -np.inf
-    if call.sink:
-        sink = load_number(wide, call.sink + (b * call.H + h) * 8)
     for r in range(rows):
         state = (g * call.state_rows + r) * word
         largest = np.float64(load_number(number, space + call.largest_at + state)) * call.factor
         total = np.float64(load_number(number, space + call.total_at + state))
-        shrink = 1.0
-        if (
-            sink > -np.inf
-        ):  # in double precision: a sink may lie far above the scores, where float32 has few digits left
-            new = max(largest, sink)
-            shrink = np.exp2(largest - new)
-            total = total * shrink + np.exp2(sink - new)
-            largest = new
-        inverse = shrink / total if total != 0.0 else 0.0
+        inverse, lse = divided(call, b, h, largest, total)
         out = call.out + b * call.out_b + h * call.out_h + (i0 + r) * call.out_i
         source = space + call.out_at + (g * call.group_rows + r) * call.value_width * word
         write_row(out, call.out_e, source, call.E, inverse, call, number)
         if call.lse:
-            lse = (largest + np.log2(total)) * LN2 if total != 0.0 else -np.inf
             store_number(number, call.lse + ((b * call.H + h) * call.M + i0 + r) * word, lse)
         store_number(number, space + call.total_at + state, inverse)
 
@@ -118,7 +101,7 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
 
 
 @compiled
-def _place(call, item):
+def place(call, item):
     """Return block of rows, sequence, key head and set of query heads of an item; the last block comes first."""
     sets = call.B * call.Hk * call.head_sets
     block, rest = call.blocks - 1 - item // sets, item % sets
@@ -148,7 +131,7 @@ def _seen_tile(strips, call, space, marks, b, h0, groups, head_groups, i_first, 
 
 @inlined
 def _attend(call, space, state, item, unit, strips, weights):
-    block, b, hk, part = _place(call, item)
+    block, b, hk, part = place(call, item)
     served = call.H // call.Hk
     h0 = hk * served + part * call.set_heads
     heads = min(call.set_heads, served - part * call.set_heads)
@@ -159,7 +142,7 @@ def _attend(call, space, state, item, unit, strips, weights):
 
     most = call.key_tile // vector_length(unit)
     values = call.v + b * call.v_b + hk * call.v_h
-    _load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
+    load_queries(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
     _reset(call, space, groups, unit)
     if strips is not None:
         begin_strips(call, space, b, h0, groups, head_groups, i_first, i_end, unit)
@@ -172,7 +155,7 @@ def _attend(call, space, state, item, unit, strips, weights):
         if following < call.N:
             plan_ahead(call, space, spare + groups * most, b, hk, following, unit)
         else:  # of the next item that nobody has claimed, if it is of the same rows of another head
-            _, next_b, next_hk, _ = _place(call, min(load_word(state), call.items - 1))
+            _, next_b, next_hk, _ = place(call, min(load_word(state), call.items - 1))
             plan_ahead(call, space, marks + groups * most, next_b, next_hk, first, unit)
         for g in range(groups):
             h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows

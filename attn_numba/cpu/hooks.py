@@ -25,12 +25,6 @@ from attn_numba.rules.formula import Array, Node
 ELEMENTS = {"b1": I8, "i4": I32, "f4": FLOAT, "f8": DOUBLE}
 SUFFIX = {I8: "i8", I32: "i32", FLOAT: "f32", DOUBLE: "f64"}
 OPERATIONS = {"+": ("add", "fadd"), "-": ("sub", "fsub"), "*": ("mul", "fmul")}
-# ln 2 in two parts, the first with zeros at the end so that a small integer times it is exact (Cody and Waite 1980).
-LN2_PARTS = {FLOAT: (0.693359375, -2.12194440054690583e-4), DOUBLE: (0.6931471803691238, 1.9082149292705877e-10)}
-EXP_TERMS = {FLOAT: 7, DOUBLE: 13}  # Taylor terms of exp(r) - 1 on |r| <= ln 2 / 2: remainder 1e-8 (6e-18)
-EXP_RANGE = {FLOAT: (-110.0, 100.0), DOUBLE: (-760.0, 720.0)}
-TANH_LIMIT = {FLOAT: 10.0, DOUBLE: 22.0}  # tanh is 1 from here on
-
 
 # --- parameters ---
 
@@ -225,52 +219,14 @@ class Emitter(Vectors):
             return floor if op == "//" else builder.fsub(args[0], builder.fmul(floor, args[1]))
         if op == "neg":
             return builder.fneg(args[0])
-        if op in ("abs", "sqrt", "log"):
+        if op in ("abs", "sqrt"):
             return self.intrinsic("llvm." + ("fabs" if op == "abs" else op), args[0])
         if op in ("min", "max"):  # NaN in either is NaN, as NumPy has it
             ordered = builder.select(builder.fcmp_ordered("<" if op == "min" else ">", *args), *args)
             return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], ordered)
-        if op == "exp":
-            return self.exp(args[0])
-        if op == "tanh":
-            return self.tanh(args[0])
+        if op in ("exp", "log", "tanh"):
+            return getattr(self, op)(args[0])
         raise NotImplementedError(f"no {op} of floats in a rule")
-
-    def _reduced(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """X = n ln 2 + r: the integer n as a float, and exp(r) - 1 to full relative precision."""
-        n = self.intrinsic("llvm.rint", self.builder.fmul(x, self.like(x, 1 / math.log(2))))
-        high, low = LN2_PARTS[self.number]
-        r = self.fma(n, self.like(x, -low), self.fma(n, self.like(x, -high), x))
-        terms = tuple(1 / math.factorial(k) for k in range(EXP_TERMS[self.number], 0, -1))
-        return n, self.builder.fmul(self.polynomial(r, terms), r)
-
-    def _power_of_two(self, n: ir.Value) -> ir.Value:
-        """2**n for an integral float n within the range of normal numbers; a NaN gives any number."""
-        builder = self.builder
-        mantissa, bias = (52, 1023) if self.number == DOUBLE else (23, 127)
-        shifted = builder.fadd(n, self.like(n, 1.5 * 2.0**mantissa + bias))
-        kind = self.integers if self.is_wide(n) else self.integer
-        return builder.bitcast(builder.shl(builder.bitcast(shifted, kind), self.like_integer(n, mantissa)), n.type)
-
-    def exp(self, x: ir.Value) -> ir.Value:
-        low, high = EXP_RANGE[self.number]
-        n, small = self._reduced(self.at_most(self.at_least(x, low), high))
-        # 2**n may overflow where the whole does not: it is multiplied in two factors.
-        half = self.intrinsic("llvm.floor", self.builder.fmul(n, self.like(n, 0.5)))
-        value = self.builder.fmul(self.builder.fadd(small, self.like(x, 1.0)), self._power_of_two(half))
-        return self.builder.fmul(value, self._power_of_two(self.builder.fsub(n, half)))
-
-    def tanh(self, x: ir.Value) -> ir.Value:
-        """Tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the digits of a small x; then the sign of x."""
-        builder, limit = self.builder, TANH_LIMIT[self.number]
-        size = self.at_most(self.intrinsic("llvm.fabs", x), limit)
-        n, small = self._reduced(builder.fadd(size, size))
-        power = self._power_of_two(n)
-        e = self.fma(power, small, builder.fsub(power, self.like(x, 1.0)))
-        value = builder.fdiv(e, builder.fadd(e, self.like(x, 2.0)))
-        kind = self.integers if self.is_wide(x) else self.integer
-        sign = builder.and_(builder.bitcast(x, kind), self.like_integer(x, -(2 ** (8 * self.bytes - 1))))
-        return builder.bitcast(builder.or_(builder.bitcast(value, kind), sign), x.type)
 
     # --- reading arrays ---
 

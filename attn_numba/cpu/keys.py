@@ -63,13 +63,9 @@ def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
 
 
 @inlined
-def _pack_keys(call, space, keys, number, j0, unit):
-    """Transpose one vector of keys, vector `number` of the tile.
-
-    Word d of key n goes to (d, n). Keys beyond the last are zero.
-    """
+def pack_keys(call, space, to, keys, j0, unit):
+    """Transpose one vector of keys: word d of key n goes to (d, n). Keys beyond the last are zero."""
     lanes, word = vector_length(unit), word_bytes(unit)
-    to = space + call.keys_at + number * lanes * word
     scratch = space + call.scratch_at
     row = call.depth_padded * word
     whole = (call.kind == SAME or is_pairs(unit)) and call.k_d == call.itemsize and call.D * call.itemsize == row
@@ -89,7 +85,7 @@ def _pack_keys(call, space, keys, number, j0, unit):
 
 
 @inlined
-def _copy_values(call, space, values, j0, j1, column, unit):
+def copy_values(call, space, values, j0, j1, column, unit):
     """Copy values j0 to j1 to the workspace, from column `column` of the tile on, rows that are not finite as zeros."""
     word = word_bytes(unit)
     row = call.value_width * word
@@ -113,7 +109,7 @@ def _copy_values(call, space, values, j0, j1, column, unit):
 
 
 @inlined
-def _find_special(call, space, values, j0, j1, column, count, unit):
+def find_special(call, space, values, j0, j1, column, count, unit):
     """Append to the list of special keys those of j0 to j1 whose values are not all finite; return its new length."""
     word = word_bytes(unit)
     scratch = space + call.scratch_at
@@ -176,7 +172,7 @@ def list_runs(runs, kinds, columns, lanes):
 @compiled
 def pack_tile(call, space, union, b, hk, j0, j1, unit):
     """Pack the keys that are marked as seen; return the number of special keys."""
-    lanes = vector_length(unit)
+    lanes, word = vector_length(unit), word_bytes(unit)
     vectors = (j1 - j0 + lanes - 1) // lanes
     keys = call.k + b * call.k_b + hk * call.k_h
     values = call.v + b * call.v_b + hk * call.v_h
@@ -184,13 +180,13 @@ def pack_tile(call, space, union, b, hk, j0, j1, unit):
     for n in range(vectors):
         if load_byte(union + n):
             first = j0 + n * lanes
-            _pack_keys(call, space, keys, n, first, unit)
-            special = _find_special(call, space, values, first, min(first + lanes, j1), n * lanes, special, unit)
+            pack_keys(call, space, space + call.keys_at + n * lanes * word, keys, first, unit)
+            special = find_special(call, space, values, first, min(first + lanes, j1), n * lanes, special, unit)
     if special or not call.values_in_place:
         for n in range(vectors):
             if load_byte(union + n):
                 first = j0 + n * lanes
-                _copy_values(call, space, values, first, min(first + lanes, j1), n * lanes, unit)
+                copy_values(call, space, values, first, min(first + lanes, j1), n * lanes, unit)
     return special
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from attn_numba.cpu import tiles as t
 from attn_numba.cpu.compilation import compile_worker
-from attn_numba.cpu.engine import unit_of
 from attn_numba.cpu.launch import Team
+from attn_numba.cpu.plan import unit_of
 from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.tiles import TILE_ROWS, VECTORS
 

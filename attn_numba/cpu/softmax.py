@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from attn_numba.cpu.keys import NONE, SOME, list_runs, look_ahead, run_end
@@ -42,6 +44,28 @@ from attn_numba.cpu.tiles import (
     vector_to_weights,
     word_bytes,
 )
+
+LN2 = math.log(2.0)
+
+
+@compiled
+def divided(call, b, h, largest, total):
+    """Return 1 / total and the logarithm of the sum for a row whose weights are in units of 2**largest.
+
+    The sink is added in double precision: it may lie far above the scores, where float32 has few digits left.
+    """
+    sink = -np.inf
+    if call.sink:
+        sink = load_number(np.float64(0.0), call.sink + (b * call.H + h) * 8)
+    shrink = 1.0
+    if sink > -np.inf:
+        new = max(largest, sink)
+        shrink = np.exp2(largest - new)
+        total = total * shrink + np.exp2(sink - new)
+        largest = new
+    inverse = shrink / total if total != 0.0 else 0.0
+    lse = (largest + np.log2(total)) * LN2 if total != 0.0 else -np.inf
+    return inverse, lse
 
 
 @compiled
@@ -94,8 +118,8 @@ def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit
 
 
 @compiled
-def _products(call, space, queries, first, end, rows, unit):
-    """Fill columns `first` to `end` (whole vectors) of the strip with products of q and K.
+def _products(call, space, keys, strip, queries, first, end, rows, unit):
+    """Fill columns `first` to `end` (whole vectors) of the strip with products of q and the packed keys.
 
     Three vectors go at a time, two or one at the end. A long head is summed in chains of `DEPTH_CHAIN` words, so that
     it gathers no rounding errors.
@@ -105,11 +129,10 @@ def _products(call, space, queries, first, end, rows, unit):
     chain = min(depth, DEPTH_CHAIN)
     tiled = _tiled_rows(rows)
     for column in range(first, end, VECTORS * lanes):
-        packed = space + call.keys_at + column * word
-        strip = space + call.scores_at + column * word
+        packed, scores = keys + column * word, strip + column * word
         vectors = min((end - column + lanes - 1) // lanes, VECTORS)
         for r in range(0, tiled, TILE_ROWS):
-            a, to = queries + r * depth * word, strip + r * length * word
+            a, to = queries + r * depth * word, scores + r * length * word
             look_ahead(call, space)
             if vectors == 3:
                 score_tile_3(unit, a, depth, packed, keys_row, to, length, chain)
@@ -118,7 +141,7 @@ def _products(call, space, queries, first, end, rows, unit):
             else:
                 score_tile_1(unit, a, depth, packed, keys_row, to, length, chain)
         for r in range(tiled, rows):
-            a, to = queries + r * depth * word, strip + r * length * word
+            a, to = queries + r * depth * word, scores + r * length * word
             if vectors == 3:
                 score_row_3(unit, a, depth, packed, keys_row, to, length, chain)
             else:
@@ -130,18 +153,23 @@ def _products(call, space, queries, first, end, rows, unit):
             store_int32(stretch, 0)
             store_int32(stretch + 4, min(chain, depth - d) * (2 if is_pairs(unit) else 1))
             b = packed + d * keys_row * word
-            _add_products(queries + d * word, depth, b, keys_row, strip, length, rows, vectors, stretch, 1, unit)
+            _add_products(queries + d * word, depth, b, keys_row, scores, length, rows, vectors, stretch, 1, unit)
 
 
 @inlined
-def scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit):
-    """Fill the strip of scores: products, then the hooks, then minus infinity beyond the last key."""
+def products(call, space, keys, strip, queries, runs, count, rows, unit):
+    """Fill a tile's stretches of the strip with products of q and the packed keys."""
+    for run in range(count):
+        first, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+        _products(call, space, keys, strip, queries, first, end, rows, unit)
+
+
+@inlined
+def edit_scores(call, strip, kinds, b, h, i0, rows, j0, j1, unit):
+    """Apply the hooks to a tile's products, and put minus infinity beyond the last key."""
     number = accumulator(unit)
     lanes, word = vector_length(unit), word_bytes(unit)
-    vectors = (j1 - j0 + lanes - 1) // lanes
-    strip, length = space + call.scores_at, call.strip_row
-    for run in range(count):
-        _products(call, space, queries, load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4), rows, unit)
+    vectors, length = (j1 - j0 + lanes - 1) // lanes, call.strip_row
     n = 0
     while n < vectors:
         end = run_end(kinds, n, vectors)
@@ -253,7 +281,7 @@ def operands_of(call, space, values, j0, special, unit):
 
 
 @inlined
-def _weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
+def weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
     """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
     lanes, word = vector_length(unit), word_bytes(unit)
     weights, weights_row, base, values_row = operands_of(call, space, values, j0, special, unit)
@@ -305,7 +333,7 @@ def weigh(call, space, values, kinds, runs, count, b, h, i0, g, rows, j0, j1, sp
     if call.dropout_hook:
         at = space + call.scores_at
         call_edit(call.dropout_hook, at, call.strip_row, b, h, i0, rows, j0, j1 - j0, call.parameters)
-    _weighted_values(call, space, values, runs, count, g * call.group_rows, rows, j0, special, unit)
+    weighted_values(call, space, values, runs, count, g * call.group_rows, rows, j0, special, unit)
     if special:
         add_special(call, space, values, g * call.group_rows, rows, j0, special, unit)
 
@@ -316,7 +344,9 @@ def _score_group(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
     runs = space + call.runs_at
     count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
     if count:
-        scores(call, space, queries, kinds, runs, count, b, h, i0, rows, j0, j1, unit)
+        strip = space + call.scores_at
+        products(call, space, space + call.keys_at, strip, queries, runs, count, rows, unit)
+        edit_scores(call, strip, kinds, b, h, i0, rows, j0, j1, unit)
     return count
 
 

@@ -109,9 +109,27 @@ class Layout(NamedTuple):
     seen_at: int  # byte (special key, row): whether the row sees the key
 
 
-_FIELDS = Call._fields + Layout._fields
+class WholeRows(NamedTuple):
+    """What only `whole_rows.py` reads. Addresses are 0 for what is not asked for."""
+
+    normalizer: int  # one of those of `normalizers.py`
+    hidden: int  # weights of the hidden units of an additive score; 0: the score is a product
+    hidden_h: int  # bytes from one head's to the next
+    keys_bytes: int  # of the packed keys of one tile
+    row_first: int  # rows of q to go through
+    row_end: int
+    entropy: int
+    top_keys: int
+    top_weights: int
+    top_count: int
+    sums: int  # (B, H, blocks, sums_row): each block's sums of columns
+    sums_row: int  # in words
+
+
+_FIELDS = Call._fields + Layout._fields + WholeRows._fields
 _HEAD = struct.Struct(f"{8 * COUNTER_WORDS}xd{len(Call._fields) - 1}q")
 _TAIL = struct.Struct(f"{len(Layout._fields)}q")
+_REST = struct.Struct(f"{len(WholeRows._fields)}q")
 _RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int64) for name in _FIELDS]))
 
 
@@ -121,7 +139,7 @@ class Workspace:
     __slots__ = ("_memory", "_state", "parts", "size", "state")
 
     def __init__(self, size: int) -> None:
-        block = -(-(_HEAD.size + _TAIL.size) // 64) * 64
+        block = -(-(_HEAD.size + _TAIL.size + _REST.size) // 64) * 64
         self._memory = np.empty(block + size + 64, np.uint8)
         start = -self._memory.ctypes.data % 64
         self._state = memoryview(self._memory)[start:]
@@ -129,10 +147,13 @@ class Workspace:
         self.state = self._memory.ctypes.data + start  # address of the state block
         self.parts = self.state + block
 
-    def write(self, call: Call, layout: bytes) -> None:
-        """Write the state block: the counter at 0, then both records."""
+    def write(self, call: Call, layout: bytes, whole_rows: WholeRows | None = None) -> None:
+        """Write the state block: the counter at 0, then the records."""
         _HEAD.pack_into(self._state, 0, *call)
-        self._state[_HEAD.size : _HEAD.size + _TAIL.size] = layout
+        end = _HEAD.size + _TAIL.size
+        self._state[_HEAD.size : end] = layout
+        if whole_rows is not None:
+            _REST.pack_into(self._state, end, *whole_rows)
 
 
 def packed(layout: Layout) -> bytes:
@@ -161,7 +182,7 @@ def give_back(space: Workspace) -> None:
 
 @intrinsic
 def call_of(typingctx, state):
-    """Return the record of the state block at an address: all fields of `Call` and of `Layout`."""
+    """Return the record of the state block at an address: all fields of `Call`, `Layout` and `WholeRows`."""
 
     def codegen(context, builder, signature, args):
         start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))

@@ -40,7 +40,8 @@ def _emitter(builder: ir.IRBuilder, unit: types.Type) -> Vectors:
     return Vectors(builder, number, target().vector_bytes // (8 if number == DOUBLE else 4))
 
 
-def _accumulator(unit: types.Type) -> types.Type:
+def result_number(unit: types.Type) -> types.Type:
+    """Type of a unit's accumulators."""
     return types.float64 if unit == types.float64 else types.float32
 
 
@@ -58,7 +59,7 @@ def define(count: int, emit, result=None, tail=()):
 
     def typer(unit):
         returns = result(unit) if result else types.void
-        return returns(unit, *_addresses(count), *([_accumulator(unit)] * floats))
+        return returns(unit, *_addresses(count), *([result_number(unit)] * floats))
 
     def codegen(context, builder, signature, args):
         unit = signature.args[0]
@@ -270,7 +271,7 @@ def _gather_totals(v: Vectors, unit, totals, shrinks, added, rows):
 
 
 # largest number of a row of scores (whole vectors) and `start`; NaN is passed over
-row_largest = define(2, _row_largest, _accumulator, tail=(0,))
+row_largest = define(2, _row_largest, result_number, tail=(0,))
 # weights[j] = 2**((row[j] - shift) * factor), added lane by lane to the vectors of partial sums at `sums`; pairs:
 # stored as bfloat16.
 # The first takes whole triples of vectors, the second one vector.
@@ -278,7 +279,7 @@ triples_to_weights, vector_to_weights = (define(4, _weights(n), tail=(0, 0)) for
 # the first `count` weights of a vector of scores, normalized; exactly 0 where the score is minus infinity
 normalized = define(3, _normalized, tail=(0, 0, 0))
 # the sum of those three vectors
-row_total = define(1, _row_total, _accumulator)
+row_total = define(1, _row_total, result_number)
 row_scale = define(2, _row_scale, tail=(0,))
 row_fill = define(2, _row_fill, tail=(0,))
 # for a vector of rows at a time: the new maximum in place, what to subtract, and by how much earlier sums shrink
@@ -423,12 +424,12 @@ def _interleave(v: Vectors, unit, to, first, second, columns):
 
 interleave = define(4, lambda v, unit, *a: _interleave(v, unit, *a) if unit == types.int32 else None)
 
-load_number = define(1, lambda v, unit, at: v.load(at, kind=v.number), _accumulator)
+load_number = define(1, lambda v, unit, at: v.load(at, kind=v.number), result_number)
 store_number = define(1, lambda v, unit, at, x: v.store(x, at), tail=(0,))
 vector_length = define(0, lambda v, unit: ir.Constant(I64, v.lanes), lambda unit: types.intp)
 word_bytes = define(0, lambda v, unit: ir.Constant(I64, v.bytes), lambda unit: types.intp)
 is_pairs = define(0, lambda v, unit: ir.Constant(I64, int(unit == types.int32)), lambda unit: types.intp)
-accumulator = define(0, lambda v, unit: ir.Constant(v.number, 0.0), _accumulator)  # the unit of a unit's accumulators
+accumulator = define(0, lambda v, unit: ir.Constant(v.number, 0.0), result_number)  # the unit of a unit's accumulators
 
 
 def _bytes_access(kind: ir.Type):

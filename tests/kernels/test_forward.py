@@ -7,7 +7,7 @@ import attn_numba as an
 from attn_numba import rules
 from attn_numba.rules.base import Rule
 from attn_numba.testing import check_attention
-from cases import CASES, LACKING, rules_of
+from cases import CASES, additive, rules_of
 
 BACKENDS = [name for name, (available, _) in an.backends().items() if available]
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -36,15 +36,28 @@ def test_every_rule_has_a_case(name):
     if rule in (*abstract, rules.MaskFormula, rules.Places, rules.Sizes):
         pytest.skip("no rule but what rules are made of")
     assert issubclass(rule, Rule | rules.Score | rules.Normalizer | rules.Dropout)
-    assert any(type(used) is rule for case in (*CASES, *LACKING) for used in rules_of(case.kwargs()))
+    assert any(type(used) is rule for case in CASES for used in rules_of(case.kwargs()))
 
 
-@pytest.mark.parametrize("case", LACKING, ids=lambda case: case.name)
+OTHER_RULES = {
+    "Sparsemax": {"normalizer": an.Sparsemax()},
+    "Entmax15": {"normalizer": an.Entmax15()},
+    "DoubleSoftmax": {"normalizer": an.DoubleSoftmax()},
+    "Additive": {"score": additive},
+}
+
+
+COMBINED = [(case, name) for case in CASES for name, other in OTHER_RULES.items() if not other.keys() & case.kwargs()]
+
+
+@pytest.mark.parametrize(("case", "name"), COMBINED, ids=lambda x: getattr(x, "name", x))
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-def test_what_a_backend_lacks_is_refused_by_name(case, backend):
+def test_case_with_another_rule(case, name, backend):
+    """Every mask and modifier, grouped heads, empty rows and hidden NaN with each normalizer and the other score."""
     q, k, v, kwargs = case.build("float32")
-    with pytest.raises(NotImplementedError, match=f"{backend}.*{case.name}.*'reference'"):
-        an.attention(q, k, v, **kwargs, backend=backend)
+    ((argument, rule),) = OTHER_RULES[name].items()
+    kwargs[argument] = rule(np.random.default_rng(4), case.sizes) if callable(rule) else rule
+    check_attention(q, k, v, backend, name=f"{case.name}, {name}", **kwargs)
 
 
 @pytest.mark.parametrize("size", [300, 512, 1000, 2000])

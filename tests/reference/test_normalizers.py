@@ -278,16 +278,6 @@ def test_lse_is_softmax_only(kind):
             an.attention(x, x, x, normalizer=kind(), return_lse=True, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "auto"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cpu_refuses_by_name(kind, backend):
-    x, out = np.zeros((3, 2)), np.full((3, 2), 7.0)
-    message = f"backend 'cpu' does not compute {kind.__name__}; backend='reference' does"
-    with pytest.raises(NotImplementedError, match=message):
-        an.attention(x, x, x, normalizer=kind(), backend=backend, out=out)
-    assert (out == 7).all()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_as_a_backend(kind):
     q, k, v, _ = BY_NAME["rank 3"].build(np.float32)

@@ -1,0 +1,65 @@
+"""Scores of a layer of hidden units: ``w . tanh(q + k)`` for mapped queries and keys, vectors of keys at a time."""
+
+from __future__ import annotations
+
+from attn_numba.cpu.rows import compiled
+from attn_numba.cpu.tiles import DEPTH_CHAIN, Operands, define, load_int32, vector_length, word_bytes
+from attn_numba.cpu.vectors import Loop, Vectors
+
+ROWS = 4  # rows of a tile: enough independent chains of operations to fill the time that each of them takes
+
+
+def _additive_tile(rows: int, onward: bool):
+    """tile(unit, a, a_row, b, b_row, c, c_row, w, units): C[r, :] = sum over u of w[u] * tanh(A[r, u] + B[u, :]).
+
+    One vector of columns. Row lengths in words. `onward`: the sum is added to what C holds. Each element of C has one
+    writer, and its bits do not depend on the rows and columns beside it.
+    """
+
+    def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, w, units):
+        builder = v.builder
+        tile = Operands(v, unit, rows, 1, a, a_row, b, b_row, c, c_row)
+        loop = Loop(builder, units, 1, tile.zeros())
+        offset = builder.mul(loop.index, tile.size)
+        weight = v.splat(v.load(w, offset, v.number))
+        right = v.load(builder.add(b, builder.mul(loop.index, tile.b_step)))
+        new = []
+        for row, old in zip(tile.a_rows, loop.values, strict=True):
+            left = v.splat(v.load(row, offset, v.number))
+            new.append(v.fma(weight, v.tanh(builder.fadd(left, right)), old))
+        sums = loop.close(new)
+        tile.store([builder.fadd(x, old) for x, old in zip(sums, tile.load(), strict=True)] if onward else sums)
+
+    return define(8, emit)
+
+
+_first_tile, _next_tile = (_additive_tile(ROWS, onward) for onward in (False, True))
+_first_row, _next_row = (_additive_tile(1, onward) for onward in (False, True))
+
+
+@compiled
+def additive_scores(call, keys, strip, queries, weights, runs, count, rows, unit):
+    """Fill a tile's stretches of the strip with scores of mapped queries and packed mapped keys.
+
+    Many hidden units are summed in chains of `DEPTH_CHAIN`, so that they gather no rounding errors.
+    """
+    lanes, word = vector_length(unit), word_bytes(unit)
+    units, keys_row, length = call.depth, call.keys_row, call.strip_row
+    tiled = rows // ROWS * ROWS
+    for run in range(count):
+        for column in range(load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4), lanes):
+            for u in range(0, units, DEPTH_CHAIN):
+                chain = min(DEPTH_CHAIN, units - u)
+                b, w = keys + (u * keys_row + column) * word, weights + u * word
+                for r in range(0, tiled, ROWS):
+                    a, c = queries + (r * units + u) * word, strip + (r * length + column) * word
+                    if u == 0:
+                        _first_tile(unit, a, units, b, keys_row, c, length, w, chain)
+                    else:
+                        _next_tile(unit, a, units, b, keys_row, c, length, w, chain)
+                for r in range(tiled, rows):
+                    a, c = queries + (r * units + u) * word, strip + (r * length + column) * word
+                    if u == 0:
+                        _first_row(unit, a, units, b, keys_row, c, length, w, chain)
+                    else:
+                        _next_row(unit, a, units, b, keys_row, c, length, w, chain)

@@ -1,0 +1,213 @@
+"""Units, tiles, items and workspaces: what follows from the sizes of a call alone, decided before anything runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from attn_numba.cpu.keys import AHEAD_HEAD
+from attn_numba.cpu.state import Layout, packed
+from attn_numba.cpu.strip_tiles import SLOT_BYTES, STRIP_ROWS
+from attn_numba.cpu.strips import STRIP_BYTES
+from attn_numba.cpu.target import target
+from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, HALF_FLOAT, SAME, TILE_ROWS, VECTORS
+from attn_numba.rules import Sizes
+
+GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
+
+BLOCK_ROWS = 512  # rows of an item, which share the packed keys
+STRIPS_BLOCK_ROWS = 2048  # the same where each row sees few of them
+TILE_BYTES = (
+    400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
+)
+WHOLE_ROWS_BYTES = 1_000_000  # of the strip of a group whose rows are looked at as wholes
+WHOLE_BLOCK_ROWS = 256  # rows of an item there, which share the packed keys of a head
+WHOLE_BLOCKS = 32  # blocks of a head there, at most
+
+
+class Unit(NamedTuple):
+    """How a dtype is computed: the workers, their operands and what these are stored as."""
+
+    name: str  # of its workers
+    word: int  # bytes of an operand
+    lanes: int
+    pairs: bool
+    kind: int
+    itemsize: int
+
+
+@functools.cache
+def unit_of(dtype: str, exact_weights: bool) -> Unit:
+    """Return how to compute a dtype.
+
+    `exact_weights`: weights may not be rounded to bfloat16 on their way to the values.
+    """
+    lanes = target().vector_bytes // 4
+    if dtype == "float64":
+        return Unit("float64", 8, lanes // 2, False, SAME, 8)
+    if dtype == "bfloat16" and target().bfloat_dot and not exact_weights:
+        return Unit("bfloat16", 4, lanes, True, BRAIN_FLOAT, 2)
+    kind, itemsize = {"float32": (SAME, 4), "float16": (HALF_FLOAT, 2), "bfloat16": (BRAIN_FLOAT, 2)}[dtype]
+    return Unit("float32", 4, lanes, False, kind, itemsize)
+
+
+def up(x: int, multiple: int) -> int:
+    """Return the least multiple that is not below x."""
+    return -(-x // multiple) * multiple
+
+
+@functools.cache
+def key_tile(unit: Unit, depth: int, width: int) -> int:
+    """Return the keys of a tile.
+
+    It fixes the order of sums: it depends on the unit and on D and E, and on nothing else.
+    """
+    step = CHAIN_VECTORS * unit.lanes  # whole chains of sums, and whole blocks of dropout counters
+    fitting = TILE_BYTES // (unit.word * (depth + width)) // step * step
+    return min(max(fitting, step), 16 * VECTORS * unit.lanes)
+
+
+class Plan(NamedTuple):
+    """Tiles, items and workspace of a call: what follows from its sizes alone."""
+
+    threads: int
+    part_bytes: int  # workspace of one worker
+    layout: bytes  # as `state.packed` returns it
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Plan:
+    """Return the plan of a call on at most so many threads.
+
+    Its rows see `run_count` stretches of keys each; 0 if that is not known.
+    """
+    B, H, Hk, M, N, D, E = sizes
+    lanes, word = unit.lanes, unit.word
+    depth = (D + 1) // 2 if unit.pairs else D
+    padded, width = up(depth, lanes), up(E, lanes)
+    tile = key_tile(unit, padded, width)
+    group = M if M <= 2 and not run_count else min(GROUP_ROWS, up(M, max(TILE_ROWS, STRIP_ROWS)))
+    most_rows = STRIPS_BLOCK_ROWS if run_count else BLOCK_ROWS
+    rows = _block_rows(B * Hk, H // Hk, M, most_rows, group, most_threads)
+    blocks = -(-M // rows)
+    served = H // Hk
+    set_heads = max(1, min(served, rows // up(M, group))) if blocks == 1 else 1
+    head_sets = -(-served // set_heads)
+    items = B * Hk * head_sets * blocks
+
+    local = set_heads * up(min(M, rows), group)  # rows of the workspace
+    state_rows = up(group, lanes)
+    states = local // group * state_rows
+    chains = tile // (CHAIN_VECTORS * lanes)
+    # Rows of a strip begin and end a run less than a vector apart: two slots more than in one row, in each chain.
+    slots = tile // lanes + 3 * (run_count + chains) | 1 if run_count else 0
+    marks = (local // group + 1) * (tile // lanes)
+    runs_row = 2 * up(4 * run_count, 64)
+    slots_head = up(4 * chains, SLOT_BYTES)
+    columns = min(tile, up(N, lanes))
+    # Rows of whole vectors, an odd number of them, fall into different cache sets.
+    strip = columns + (VECTORS + (columns // lanes + VECTORS + 1) % 2) * lanes
+    keys_row = columns + lanes * (1 - columns // lanes % 2)
+    scratch_row = max(padded, 2 * up(width, 2 * lanes))
+    parts = {
+        "q_at": local * depth * word, "out_at": local * width * word,
+        "largest_at": states * word, "total_at": states * word, "rows_at": 4 * state_rows * word,
+        "scores_at": group * strip * word, "pairs_at": group * strip * 2 if unit.pairs else 0,
+        "sums_at": VECTORS * lanes * word, "scratch_at": lanes * scratch_row * word,
+        "ahead_at": AHEAD_HEAD + 8 * (tile // lanes),
+        "keys_at": (keys_row * padded + VECTORS * lanes) * word, "values_at": columns * width * word,
+        "marks_at": 2 * marks, "runs_at": 8 * (tile // lanes),
+        "row_runs_at": local * runs_row, "together_at": local * runs_row, "hulls_at": 8 * (local // group),
+        "strips_at": local // group * STRIP_BYTES * (group + 1),
+        "slots_at": group // STRIP_ROWS * (slots_head + SLOT_BYTES * slots),
+        "packed_at": group * slots * lanes * word,
+        "special_at": 4 * columns, "seen_at": columns * group,
+    }  # fmt: skip
+    found, size = _placed(parts)
+    found |= {
+        "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows,
+        "group_rows": group, "key_tile": tile, "state_rows": state_rows, "keys_row": keys_row,
+        "strip_row": strip, "run_count": run_count,
+        "marks_bytes": marks, "runs_row": runs_row,
+        "strips_row": STRIP_BYTES * (group + 1), "slots_row": slots_head + SLOT_BYTES * slots, "slots_head": slots_head,
+        "slots_most": slots, "packed_row": slots * lanes,
+        "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place),
+        "items": items,
+        "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
+    }  # fmt: skip
+    layout = packed(Layout(**found, **sizes._asdict()))
+    return Plan(max(1, min(most_threads, items)), size, layout)
+
+
+class WholeRowsPlan(NamedTuple):
+    """As `Plan`, for rows that are looked at as wholes."""
+
+    threads: int
+    part_bytes: int
+    layout: bytes
+    keys_bytes: int  # of the packed keys of one tile
+    blocks: int  # of rows in a head
+    columns: int  # N in whole triples of vectors
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of_whole_rows(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool) -> WholeRowsPlan:
+    """Return the plan of a call on at most so many threads whose rows are looked at as wholes; E is 0 without values.
+
+    Its blocks depend on nothing but the number of rows, for they fix the order in which columns are summed.
+    """
+    B, H, Hk, rows, N, D, E = sizes
+    lanes, word = unit.lanes, unit.word
+    padded, width, columns = up(D, lanes), up(E, lanes), up(N, VECTORS * lanes)
+    tile = key_tile(unit, padded, width)
+    tiles = -(-N // tile)
+    tile_columns = min(tile, up(N, lanes))
+    # Rows of an odd number of vectors fall into different cache sets.
+    strip = columns + lanes * (1 - columns // lanes % 2)
+    keys_row = tile_columns + lanes * (1 - tile_columns // lanes % 2)
+    keys_bytes = up((keys_row * padded + VECTORS * lanes) * word, 64)
+    fitting = WHOLE_ROWS_BYTES // (strip * word) // TILE_ROWS * TILE_ROWS
+    group = rows if rows <= 2 else min(GROUP_ROWS, max(fitting, TILE_ROWS), up(rows, TILE_ROWS))
+    block_rows = min(up(max(WHOLE_BLOCK_ROWS, -(-rows // WHOLE_BLOCKS)), group), up(rows, group))
+    blocks = -(-rows // block_rows)
+    served = H // Hk
+    set_heads = max(1, min(served, WHOLE_BLOCK_ROWS // block_rows)) if blocks == 1 else 1
+    head_sets = -(-served // set_heads)
+    items = B * Hk * head_sets * blocks
+    groups = set_heads * block_rows // group
+    parts = {
+        "q_at": group * D * word, "out_at": group * width * word, "rows_at": 8 * group,
+        "scores_at": group * strip * word, "sums_at": VECTORS * lanes * word,
+        "scratch_at": lanes * max(padded, 2 * up(width, 2 * lanes)) * word, "ahead_at": AHEAD_HEAD,
+        "keys_at": tiles * keys_bytes, "values_at": columns * width * word,
+        "marks_at": tiles * (groups + 1) * (tile // lanes),
+        "runs_at": 8 * (columns // lanes + 1), "row_runs_at": 8 * (tile // lanes + 1),
+        "special_at": 4 * N, "seen_at": N * group,
+    }  # fmt: skip
+    found, size = _placed(parts)
+    found |= {
+        "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": block_rows,
+        "group_rows": group, "key_tile": tile, "keys_row": keys_row, "strip_row": strip,
+        "depth": D, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place),
+        "items": items, "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
+    }  # fmt: skip
+    layout = packed(Layout(*[0] * len(Layout._fields))._replace(**found, **sizes._asdict()))
+    return WholeRowsPlan(max(1, min(most_threads, items)), size, layout, keys_bytes, blocks, columns)
+
+
+def _placed(parts: dict[str, int]) -> tuple[dict[str, int], int]:
+    """Return where parts of so many bytes begin, one after the other, and where the last one ends."""
+    found, size = {}, 0
+    for name, count in parts.items():
+        found[name] = size
+        size += up(count, 64)
+    return found, size
+
+
+def _block_rows(key_heads: int, served: int, M: int, most: int, group: int, threads: int) -> int:
+    """Rows of an item: many, to share the packed keys, but enough items to go round."""
+    rows = up(min(M, most), group)
+    items = 4 * threads if threads > 1 else 1
+    while rows > group and key_heads * served * -(-M // rows) < items:
+        rows = max(group, rows // 2 // group * group)
+    return rows
