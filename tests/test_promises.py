@@ -14,6 +14,17 @@ from processes import run_python
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 ASKED = {"return_lse": True, "return_weights": True}
+OTHERS = {
+    "softmax": {},
+    "sparsemax": {"normalizer": an.Sparsemax()},
+    "entmax15": {"normalizer": an.Entmax15()},
+    "double softmax": {"normalizer": an.DoubleSoftmax()},
+}
+
+
+def asked(kwargs):
+    """All results that a call can have: only a softmax has an lse."""
+    return ASKED if isinstance(kwargs.get("normalizer", an.Softmax()), an.Softmax) else {"return_weights": True}
 
 
 def dtype_of(name):
@@ -43,6 +54,10 @@ def rules(B=2, H=4, M=70, N=250):
         "bias": {"modifiers": [an.Bias(rng.standard_normal((B, H, M, N)).astype(np.float32)), an.SoftCap(5.0)]},
         "sink": {"mask": an.SlidingWindow(30, 9), "query_offset": 100, "normalizer": an.Softmax(0.5)},
         "dropout": {"dropout": an.Dropout(0.3, np.arange(5, 5 + B)), "query_offset": 0},
+        "sparsemax": {"mask": an.Causal(), "query_offset": N - M, "normalizer": an.Sparsemax()},
+        "entmax15": {"modifiers": an.SoftCap(4.0), "normalizer": an.Entmax15()},
+        "double softmax": {"mask": an.SlidingWindow(90, 9), "query_offset": 100, "normalizer": an.DoubleSoftmax()},
+        "additive": {"score": an.Additive(*(rng.standard_normal((7, 40)) / 6 for _ in range(2)), np.ones(7))},
     }
 
 
@@ -56,7 +71,7 @@ def test_one_and_two_threads(name, dtype):
     results = []
     for count in (1, 2, 3):
         with an.threads(count):
-            results.append(an.attention(q, k, v, **rules()[name], **ASKED))
+            results.append(an.attention(q, k, v, **rules()[name], **asked(rules()[name])))
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
 
@@ -66,11 +81,11 @@ import hashlib, json, sys
 import numpy as np
 import attn_numba as an
 from attn_numba.rules import Mask
-from test_promises import arrays, rules
+from test_promises import arrays, asked, rules
 found = {}
 for name, kwargs in rules().items():
     for dtype in ("float32", "float64"):
-        result = an.attention(*arrays(dtype=dtype), **kwargs, return_lse=True, return_weights=True)
+        result = an.attention(*arrays(dtype=dtype), **kwargs, **asked(kwargs))
         found[f"{name} {dtype}"] = hashlib.sha256(b"".join((x + 0.0).tobytes() for x in result)).hexdigest()
 print(json.dumps([an.config_report()["threads"]["count"], found]))
 """
@@ -99,7 +114,7 @@ def test_run_after_run():
 def test_a_sequence_alone(name, dtype):
     q, k, v = arrays(dtype=dtype)
     kwargs = rules()[name]
-    whole = an.attention(q, k, v, **kwargs, **ASKED)
+    whole = an.attention(q, k, v, **kwargs, **asked(kwargs))
     for b in range(2):
         one = dict(kwargs)
         if name == "padding":
@@ -110,47 +125,51 @@ def test_a_sequence_alone(name, dtype):
             one["modifiers"] = [an.Bias(kwargs["modifiers"][0].array[b : b + 1]), an.SoftCap(5.0)]
         elif name == "dropout":
             one["dropout"] = an.Dropout(0.3, [5 + b])
-        assert_same(an.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], **one, **ASKED), whole, np.s_[b : b + 1])
+        found = an.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], **one, **asked(one))
+        assert_same(found, whole, np.s_[b : b + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 2, 5, 70])
-def test_a_head_alone(M, dtype):
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_head_alone(other, M, dtype):
     """Few rows of several heads are computed together, many rows apart; a row has the same bits either way."""
     q, k, v = arrays(H=6, M=M, dtype=dtype)
-    rules = {"mask": an.SlidingWindow(99, 3), "query_offset": 150}
-    whole = an.attention(q, k, v, **rules, **ASKED)
+    rules = {"mask": an.SlidingWindow(99, 3), "query_offset": 150, **OTHERS[other], **asked(OTHERS[other])}
+    whole = an.attention(q, k, v, **rules)
     for h in range(6):
         key_head = np.s_[:, h // 3 : h // 3 + 1]
-        found = an.attention(q[:, h : h + 1], k[key_head], v[key_head], **rules, **ASKED)
+        found = an.attention(q[:, h : h + 1], k[key_head], v[key_head], **rules)
         assert_same(found, whole, np.s_[:, h : h + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_in_pieces(dtype):
+@pytest.mark.parametrize("other", OTHERS)
+def test_queries_in_pieces(other, dtype):
     q, k, v = arrays(M=250, dtype=dtype)
     rules = {"mask": an.Causal() & an.SlidingWindow(120, 0), "modifiers": an.ALiBi([0.1, 0.2, 0.3, 0.4])}
-    whole = an.attention(q, k, v, **rules, **ASKED)
+    rules |= OTHERS[other] | asked(OTHERS[other])
+    whole = an.attention(q, k, v, **rules)
     start = 0
     for size in (1, 2, 3, 8, 23, 25, 60, 128):
         rows = np.s_[:, :, start : start + size]
-        assert_same(an.attention(q[rows], k, v, query_offset=start, **rules, **ASKED), whole, rows)
+        assert_same(an.attention(q[rows], k, v, query_offset=start, **rules), whole, rows)
         start += size
     assert start == 250
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("D", "N"), [(40, 250), (700, 900)])
-def test_keys_beyond_a_mask(D, N, dtype):
+@pytest.mark.parametrize("other", OTHERS)
+def test_keys_beyond_a_mask(other, D, N, dtype):
     """However many keys follow that no query sees, the bits are the same; 900 keys of size 700 are several tiles."""
     q, k, v = arrays(B=1, M=9, N=N, D=D, E=D, dtype=dtype)
-    length = N * 2 // 3
-    short = an.attention(q, k[:, :, :length], v[:, :, :length], return_lse=True)
+    length, rules = N * 2 // 3, OTHERS[other]
+    short = an.attention(q, k[:, :, :length], v[:, :, :length], **rules, **asked(rules))
     for end in (length, length + 1, length + 17, N):
-        found = an.attention(q, k[:, :, :end], v[:, :, :end], mask=an.Padding(length), return_lse=True)
-        assert_same(found, short)
-        found = an.attention(q, k[:, :, :end], v[:, :, :end], mask=an.Dense(np.arange(end) < length), return_lse=True)
-        assert_same(found, short)
+        for mask in (an.Padding(length), an.Dense(np.arange(end) < length)):
+            found = an.attention(q, k[:, :, :end], v[:, :, :end], mask=mask, **rules, **asked(rules))
+            assert_same(found, short._replace(weights=np.pad(short.weights, [(0, 0)] * 3 + [(0, end - length)])))
 
 
 # --- the form of a mask ---
@@ -171,8 +190,8 @@ def test_a_rule_and_its_array(case):
     z = case.sizes
     offsets = [kwargs.get("query_offset"), kwargs.get("key_offset", 0)]
     array = an.mask_array(kwargs["mask"], (z.B, z.H, z.M, z.N), *offsets)
-    found = an.attention(q, k, v, **{**kwargs, "mask": an.Dense(array)}, **ASKED)
-    assert_same(found, an.attention(q, k, v, **kwargs, **ASKED))
+    found = an.attention(q, k, v, **{**kwargs, "mask": an.Dense(array)}, **asked(kwargs))
+    assert_same(found, an.attention(q, k, v, **kwargs, **asked(kwargs)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -323,7 +342,7 @@ def test_inputs_are_not_written(name, backend):
     kwargs = rules()[name]
     mask = kwargs.get("mask")
     mask_before = mask.copy() if isinstance(mask, np.ndarray) else None
-    an.attention(*inputs, **kwargs, backend=backend, **ASKED)
+    an.attention(*inputs, **kwargs, backend=backend, **asked(kwargs))
     for x, y in zip(inputs, before, strict=True):
         np.testing.assert_array_equal(x, y)
     if mask_before is not None:
@@ -411,13 +430,14 @@ def test_dropout_leaves_lse_and_weights(dtype, backend):
 @pytest.mark.parametrize("name", [name for name in rules() if name != "dropout"])
 def test_weights_lse_and_output_agree(name, backend):
     q, k, v = arrays(dtype="float64")
-    found = an.attention(q, k, v, **rules()[name], backend=backend, **ASKED)
+    found = an.attention(q, k, v, **rules()[name], backend=backend, **asked(rules()[name]))
     np.testing.assert_allclose(found.weights @ v.repeat(2, 1), found.out, rtol=1e-9, atol=1e-12)
     total = found.weights.sum(-1)
     empty = ~found.weights.any(-1)
     sink = 0.5 if name == "sink" else -np.inf
-    np.testing.assert_allclose(total[~empty], (1 - np.exp(sink - found.lse))[~empty], rtol=1e-9)
-    assert (found.lse[empty] == sink).all()
+    lse = getattr(found, "lse", np.where(empty, sink, 0.0))
+    np.testing.assert_allclose(total[~empty], (1 - np.exp(sink - lse))[~empty], rtol=1e-9)
+    assert (lse[empty] == sink).all()
     assert (found.out[empty] == 0).all()
 
 
