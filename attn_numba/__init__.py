@@ -27,6 +27,14 @@ if TYPE_CHECKING:
         merge as merge,
         warmup as warmup,
     )
+    from attn_numba.explain import (
+        TopKeys as TopKeys,
+        column_sums as column_sums,
+        entropy as entropy,
+        rollout as rollout,
+        top_keys as top_keys,
+        weights_of as weights_of,
+    )
     from attn_numba.layers import SelfAttention as SelfAttention
     from attn_numba.parallel import set_threads as set_threads, threads as threads
     from attn_numba.recurrent import recurrent_attention as recurrent_attention
@@ -63,6 +71,7 @@ _HOMES = {
     "api": ("attention", "merge", "mask_array", "warmup", "backends", "config_report"),
     "parallel": ("threads", "set_threads"),
     "layers": ("SelfAttention",),
+    "explain": ("weights_of", "entropy", "top_keys", "TopKeys", "column_sums", "rollout"),
     "recurrent": ("recurrent_attention",),
     "rules": (
         "Causal", "SlidingWindow", "Neighborhood", "Padding", "SameDocument", "PrefixLM", "BlockSparse", "Dense",

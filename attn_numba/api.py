@@ -119,7 +119,7 @@ def attention(
     >>> an.attention(q, k, v, mask=an.Causal()).ravel()
     array([1. , 1.5, 3. ])
     """
-    name = _backend(backend, q, k, v)
+    name = choose_backend(backend, q, k, v)
     if stream is not None:
         raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
     call = problems.check(
@@ -130,29 +130,31 @@ def attention(
     target = None if out is None else problems.check_out(out, call)
     run = _on_reference if name == "reference" else _on_cpu
     result, lse, weights = run(call, target, return_lse, return_weights)
-    result = _ranked(result, call.rank) if out is None else out
+    result = ranked(result, call.rank) if out is None else out
     if not (return_lse or return_weights):
         return result
     return result_of(
         result,
-        _ranked(lse, call.rank - 1) if return_lse else None,
-        _ranked(weights, call.rank) if return_weights else None,
+        ranked(lse, call.rank - 1) if return_lse else None,
+        ranked(weights, call.rank) if return_weights else None,
     )
 
 
-def _ranked(array: Any, rank: int) -> Any:
+def ranked(array: Any, rank: int) -> Any:
     """Without the leading axes of size 1 that `check` put in front."""
     return array.reshape(array.shape[array.ndim - rank :]) if array.ndim > rank else array
 
 
-def _backend(backend: str, *arrays: Any) -> str:
+def choose_backend(backend: str, *arrays: Any) -> str:
     """Return who computes: "reference" or "cpu"."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; needed one of {', '.join(map(repr, BACKENDS))}")
     on_device = [problems.is_device_array(x) for x in arrays]
     if any(on_device) and not all(on_device):
-        where = ", ".join(f"{n} on a {'GPU' if d else 'host'}" for n, d in zip("qkv", on_device, strict=True))
-        raise TypeError(f"q, k, v are in different places: {where}; needed one place for all three")
+        names = "qkv"[: len(arrays)]
+        where = ", ".join(f"{n} on a {'GPU' if d else 'host'}" for n, d in zip(names, on_device, strict=True))
+        all_of_them = "both" if len(names) == 2 else "all three"
+        raise TypeError(f"{', '.join(names)} are in different places: {where}; needed one place for {all_of_them}")
     if any(on_device) or backend == "cuda":
         raise NotImplementedError(
             f"backend 'cuda' cannot run: {NO_CUDA}; arrays in host memory run on 'cpu' and 'reference'"

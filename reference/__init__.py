@@ -12,6 +12,7 @@ array([[0.5, 0.5],
        [0.5, 0.5]])
 """
 
+from attn_numba.reference.explain import column_sums, entropy, top_keys, weights_of
 from attn_numba.reference.forward import attention, merge
 
-__all__ = ["attention", "merge"]
+__all__ = ["attention", "column_sums", "entropy", "merge", "top_keys", "weights_of"]

@@ -29,6 +29,7 @@ ALLOWED = {
     "api": {"", "rules", "problem", "parallel", "partition", "cpu", "reference"},
     "layers": {"rules", "problem", "api"},
     "recurrent": {"rules", "problem", "api"},
+    "explain": {"rules", "problem", "api", "cpu", "reference"},
     "sequences": {"rules"},
     "testing": {"rules", "problem", "api", "comparison", "reference"},
     "integrations": {"integrations"},

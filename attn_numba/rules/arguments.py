@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from attn_numba.rules.data import AnyArray, as_array
+from attn_numba.rules.data import AnyArray, as_array, whole_number
 from attn_numba.rules.normalizers import Normalizer, Softmax
 from attn_numba.rules.places import Sizes
 from attn_numba.rules.scores import Dot, Score
@@ -214,6 +214,44 @@ def check_lse(return_lse: object, normalizer: Normalizer) -> None:
     """
     if return_lse and not isinstance(normalizer, Softmax):
         raise ValueError(f"return_lse is {return_lse}, but {type(normalizer).__name__} has no lse; needed Softmax()")
+
+
+def check_rows(rows: object, count: int) -> range:
+    """Return the rows that a slice takes of so many; all for None.
+
+    Raises
+    ------
+    TypeError
+        If it is not a slice of integers.
+    ValueError
+        If its step is below 1.
+    """
+    if rows is None:
+        return range(count)
+    if not isinstance(rows, slice):
+        raise TypeError(f"rows is {type(rows).__name__}; needed a slice of query rows, such as slice(0, 10), or None")
+    for part in ("start", "stop", "step"):
+        if getattr(rows, part) is not None:
+            whole_number("rows", part, getattr(rows, part))
+    if rows.step is not None and rows.step < 1:
+        raise ValueError(f"rows: step is {rows.step}; needed at least 1")
+    return range(count)[rows]
+
+
+def check_count(count: object, keys: int) -> int:
+    """Return a number of keys.
+
+    Raises
+    ------
+    TypeError
+        If it is not an integer.
+    ValueError
+        If it is negative, or there are not so many.
+    """
+    number = whole_number("top_keys", "count", count)
+    if not 0 <= number <= keys:
+        raise ValueError(f"top_keys: count is {number}; needed 0 to {keys}, the number of keys")
+    return number
 
 
 def instance(x: object, kind: type[Kind], name: str, example: str) -> Kind:

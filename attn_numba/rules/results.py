@@ -15,6 +15,21 @@ class Merged(NamedTuple):
     lse: AnyArray  # (B, H, M)
 
 
+class TopKeys(NamedTuple):
+    """What `top_keys` returns: the keys of largest weight of each query, the largest first.
+
+    Parameters
+    ----------
+    indices : int64 array (B, H, M, count)
+        Rows of k.
+    weights : array (B, H, M, count)
+        Their weights, 0 to 1.
+    """
+
+    indices: AnyArray
+    weights: AnyArray
+
+
 def result_of(out: Any, lse: Any = None, weights: Any = None) -> Any:
     """Return the output alone, or a named tuple ``Attention`` of it and of what is not None."""
     found = {"out": out, "lse": lse, "weights": weights}
