@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -176,6 +177,7 @@ def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> 
     return out, lse, weights
 
 
+@functools.cache  # an import statement takes a sixth of a short call
 def cpu_engine() -> Any:
     """Return the module that runs calls on the CPU.
 

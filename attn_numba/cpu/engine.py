@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 
 from attn_numba.cpu import forward, normalizers, whole_rows
-from attn_numba.cpu.binding import bind
+from attn_numba.cpu.binding import Bound, bind
 from attn_numba.cpu.compilation import compile_worker
 from attn_numba.cpu.launch import Team
 from attn_numba.cpu.plan import Unit, plan_of, plan_of_whole_rows, unit_of
@@ -16,7 +16,7 @@ from attn_numba.cpu.target import target
 from attn_numba.cpu.tiles import SAME
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem, mapped
-from attn_numba.rules import DoubleSoftmax, Entmax15, Sizes, Softmax, Sparsemax
+from attn_numba.rules import Dot, DoubleSoftmax, Entmax15, Sizes, Softmax, Sparsemax
 
 SMALL = 1_500_000  # multiply-adds below which a second thread costs more than it gives
 NORMALIZERS = {
@@ -34,12 +34,12 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
 
     Every element of the results is written by one worker.
     """
-    problem = mapped(_widened(problem))
-    result = out if out.dtype.name == problem.dtype else np.empty(out.shape, problem.q.dtype)
-    if problem.score.dots and isinstance(problem.normalizer, Softmax):
-        _stream(problem, result, lse, weights)
+    inner = mapped(_widened(problem))
+    result = out if inner.dtype == problem.dtype else np.empty(out.shape, inner.q.dtype)
+    if isinstance(inner.score, Dot) and isinstance(inner.normalizer, Softmax):
+        _stream(inner, result, lse, weights)
     else:
-        _look_at_rows(problem, range(problem.sizes.M), out=result, lse=lse, weights=weights)
+        _look_at_rows(inner, range(inner.sizes.M), out=result, lse=lse, weights=weights)
     if result is not out:
         out[...] = result
 
@@ -140,7 +140,7 @@ def _look_at_rows(
         sums[...] = parts[..., : sizes.N].sum(axis=2, dtype=np.float64)
 
 
-def _call(problem: Problem, bound, parts: int, out, lse, weights, sink) -> Call:
+def _call(problem: Problem, bound: Bound, parts: int, out, lse, weights, sink) -> Call:
     q, k, v = problem.q, problem.k, problem.v
     return Call(
         bound.factor, parts,
@@ -175,8 +175,7 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 def _sink(problem: Problem) -> np.ndarray | None:
-    sink = getattr(problem.normalizer, "sink", None)
-    if sink is None:
+    if getattr(problem.normalizer, "sink", None) is None:
         return None
     sink = problem.normalizer.sink_array(problem.sizes)
     return np.ascontiguousarray(sink / np.log(2.0), np.float64)
