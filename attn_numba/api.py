@@ -254,13 +254,16 @@ def mask_array(
     return np.array(np.broadcast_to(rule.evaluate(places_of(sizes, query_at, key_at), sizes), tuple(shape)))
 
 
-def warmup(dtypes: Any = ("float32",)) -> dict[str, float]:
+def warmup(dtypes: Any = ("float32",), every: bool = False) -> dict[str, float]:
     """Compile the CPU kernels, or load them from the disk cache, before the first call needs them.
 
     Parameters
     ----------
     dtypes : str or sequence of str
         Of float64, float32, float16, bfloat16.
+    every : bool
+        Whether to compile all kernels, not just the one of plain calls: for returned weights, for masks that list
+        their keys, for other normalizers and scores, and for what explains weights.
 
     Returns
     -------
@@ -287,7 +290,7 @@ def warmup(dtypes: Any = ("float32",)) -> dict[str, float]:
     seconds = {}
     for name in names:
         start = time.perf_counter()
-        prepare(name)
+        prepare(name, every)
         seconds[name] = time.perf_counter() - start
     return seconds
 

@@ -481,6 +481,18 @@ def test_warmup_leaves_nothing_to_compile():
     assert not recorder.buffer
 
 
+def test_warmup_of_every_kernel():
+    from numba.core import event
+
+    assert list(an.warmup("float32", every=True)) == ["float32"]
+    q, k, v = arrays(M=3, N=3)
+    with event.install_recorder("numba:compile") as recorder:
+        an.attention(q, k, v, normalizer=an.Sparsemax(), return_weights=True)
+        an.attention(q, k, v, mask=an.SlidingWindow(1, 1), return_weights=True)
+        an.entropy(q, k)
+    assert not recorder.buffer
+
+
 def test_reports():
     report = an.config_report()
     assert {"versions", "processor", "threads", "cache", "backends"} <= set(report)

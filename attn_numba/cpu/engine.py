@@ -72,9 +72,15 @@ def explain(
     _look_at_rows(mapped(_widened(problem)), rows, weights=weights, entropy=entropy, top=top, sums=sums)
 
 
-def prepare(dtype: str) -> None:
-    """Compile the worker of a dtype, or load it from the disk cache."""
-    compile_worker(forward.WORKERS[unit_of(dtype, False).name, False, False])
+def prepare(dtype: str, every: bool = False) -> None:
+    """Compile the worker of a dtype's plain calls, or all workers of the dtype, or load them from the disk cache."""
+    plain = unit_of(dtype, False).name
+    compile_worker(forward.WORKERS[plain, False, False])
+    if every:
+        for workers in (forward.WORKERS, whole_rows.WORKERS):
+            for key, worker in workers.items():
+                if key[0] in (plain, unit_of(dtype, True).name):
+                    compile_worker(worker)
 
 
 def _widened(problem: Problem) -> Problem:

@@ -20,7 +20,7 @@ STRIPS_BLOCK_ROWS = 2048  # the same where each row sees few of them
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
-WHOLE_ROWS_BYTES = 1_000_000  # of the strip of a group whose rows are looked at as wholes
+WHOLE_ROWS_BYTES = 1_000_000  # of the strip of a group whose rows are looked at as wholes, if two register tiles fit
 WHOLE_BLOCK_ROWS = 256  # rows of an item there, which share the packed keys of a head
 WHOLE_BLOCKS = 32  # blocks of a head there, at most
 
@@ -167,7 +167,7 @@ def plan_of_whole_rows(unit: Unit, sizes: Sizes, most_threads: int, in_place: bo
     keys_row = tile_columns + lanes * (1 - tile_columns // lanes % 2)
     keys_bytes = up((keys_row * padded + VECTORS * lanes) * word, 64)
     fitting = WHOLE_ROWS_BYTES // (strip * word) // TILE_ROWS * TILE_ROWS
-    group = rows if rows <= 2 else min(GROUP_ROWS, max(fitting, TILE_ROWS), up(rows, TILE_ROWS))
+    group = rows if rows <= 2 else min(GROUP_ROWS, max(fitting, 2 * TILE_ROWS), up(rows, TILE_ROWS))
     block_rows = min(up(max(WHOLE_BLOCK_ROWS, -(-rows // WHOLE_BLOCKS)), group), up(rows, group))
     blocks = -(-rows // block_rows)
     served = H // Hk
