@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from attn_numba.parallel import set_threads as set_threads, threads as threads
     from attn_numba.recurrent import recurrent_attention as recurrent_attention
     from attn_numba.rules import (
+        AdaptiveSpan as AdaptiveSpan,
         Additive as Additive,
         ALiBi as ALiBi,
         Bias as Bias,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         Softmax as Softmax,
         Sparsemax as Sparsemax,
         Temperature as Temperature,
+        adapt as adapt,
     )
 
 __version__ = "0.1.0"
@@ -75,8 +77,9 @@ _HOMES = {
     "recurrent": ("recurrent_attention",),
     "rules": (
         "Causal", "SlidingWindow", "Neighborhood", "Padding", "SameDocument", "PrefixLM", "BlockSparse", "Dense",
-        "CustomMask", "SoftCap", "Bias", "ALiBi", "Temperature", "ReplaceExcluded", "CustomModifier", "Dropout", "Dot",
-        "Cosine", "Bilinear", "Additive", "Softmax", "Sparsemax", "Entmax15", "DoubleSoftmax",
+        "CustomMask", "SoftCap", "Bias", "ALiBi", "Temperature", "ReplaceExcluded", "CustomModifier", "AdaptiveSpan",
+        "adapt", "Dropout", "Dot", "Cosine", "Bilinear", "Additive", "Softmax", "Sparsemax", "Entmax15",
+        "DoubleSoftmax",
     ),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

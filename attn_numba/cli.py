@@ -1,4 +1,4 @@
-"""The command ``attn-numba``: what is here, one call on files, backends side by side, timings, compiling ahead.
+"""The command ``attn-numba``: what is here, one call on files, backends side by side, timings, pictures.
 
 Exit codes: 0 done, 1 a comparison failed, 2 bad usage or input, 130 interrupted.
 """
@@ -11,15 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from attn_numba import __version__, files
 from attn_numba.api import attention, backends, config_report, warmup
 from attn_numba.comparison import Agreement, check_workload, compare_backends, contenders, plain_table, time_call
-from attn_numba.job import Job, RuleSet
-from attn_numba.parallel import thread_count, threads
+from attn_numba.job import Job
+from attn_numba.options import add_inputs, add_rules, add_threads, positive, rules_of, threads_of
+from attn_numba.parallel import thread_count
+from attn_numba.plotting import add_plots
 from attn_numba.rules.arguments import DTYPES
 from attn_numba.workloads import WORKLOADS, named_dtype
 
@@ -28,6 +30,7 @@ __all__ = ["main"]
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PIECE_FLOP = 2**35
 """Operations of a piece of `run`, about a third of a second on one core; less than two pieces show no bar."""
+PLOT_HELP = "draw weights, entropies, masks or rollouts into a .png, .svg or .pdf file"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
     files.check_contents(output, {"out": job.q.dtype} | dict.fromkeys(wanted, np.dtype(np.float32)))
     sizes = job.problem.sizes
     pieces = job.pieces(PIECE_FLOP // (2 * (sizes.D + sizes.E)))
-    with _threads(arguments), _progress(arguments, "attention", job.pairs if len(pieces) > 1 else 0) as advance:
+    with threads_of(arguments), _progress(arguments, "attention", job.pairs if len(pieces) > 1 else 0) as advance:
         chosen = partial(attention, backend=arguments.backend)
         results = job.run(chosen, pieces, advance, lse=arguments.lse, weights=arguments.weights)
     files.write_arrays(output, results, arguments.force)
@@ -90,9 +93,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    job = _job(arguments) if arguments.inputs else Job(*_random_arrays(arguments), _rules(arguments))
+    job = _job(arguments) if arguments.inputs else Job(*_random_arrays(arguments), rules_of(arguments))
     rows, failed, reference_seconds = [], False, float("nan")
-    with _threads(arguments):
+    with threads_of(arguments):
         for backend, agreement, seconds, reason in compare_backends(
             job, arguments.repeat, partial(_progress, arguments)
         ):
@@ -117,7 +120,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if unknown := [name for name in names if name not in WORKLOADS]:
         raise ValueError(f"unknown workload {unknown[0]}; known are {', '.join(WORKLOADS)}")
     dtype, failed, rows = named_dtype(arguments.dtype), False, []
-    with _threads(arguments):
+    with threads_of(arguments):
         peak = peak_rate(dtype.name) * thread_count()[0]
         for workload in (WORKLOADS[name].small() if arguments.small else WORKLOADS[name] for name in names):
             arrays = workload.arrays(dtype)
@@ -160,52 +163,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         q, k, v = (arrays[name] for name in names)
     else:
         raise ValueError(f"inputs are one file that holds q, k and v or three with one each, not {len(paths)} files")
-    return Job(q, k, v, _rules(arguments))
-
-
-def _rules(arguments: argparse.Namespace) -> RuleSet:
-    grid, neighborhood = arguments.grid, arguments.neighborhood
-    if (grid is None) != (neighborhood is None):
-        raise ValueError("--neighborhood and --grid go together, as in --grid 64x64 --neighborhood 13x13")
-    return RuleSet(
-        causal=arguments.causal,
-        window=None if arguments.window is None else tuple(arguments.window),
-        neighborhood=None if grid is None else (grid, neighborhood),
-        padding_lengths=_numbers(arguments.padding_lengths, int),
-        prefix_lengths=_numbers(arguments.prefix_lengths, int),
-        documents=_array(arguments.documents),
-        mask=_array(arguments.mask),
-        soft_cap=arguments.soft_cap,
-        bias=_array(arguments.bias),
-        alibi_slopes=_numbers(arguments.alibi_slopes, float),
-        sink=arguments.sink,
-        scale=arguments.scale,
-        query_offset=arguments.query_offset,
-        key_offset=arguments.key_offset,
-    )
-
-
-def _numbers(text: str | None, kind: type) -> np.ndarray | None:
-    """Return the numbers of ``3,5,8`` or of the file of that name."""
-    if text is None or Path(text).suffix in files.SUFFIXES:
-        return _array(text)
-    try:
-        return np.array([kind(part) for part in text.split(",")])
-    except ValueError:
-        raise ValueError(
-            f"{text!r} is neither numbers joined by commas nor a file ({', '.join(files.SUFFIXES)})"
-        ) from None
-
-
-def _array(path: str | None) -> np.ndarray | None:
-    return None if path is None else files.read_array(path)
-
-
-def _sizes_by_x(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 64x64") from None
+    return Job(q, k, v, rules_of(arguments))
 
 
 def _random_arrays(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,10 +171,6 @@ def _random_arrays(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarra
     dtype, random = named_dtype(arguments.dtype), np.random.default_rng(arguments.seed)
     q, k, v = (random.standard_normal(shape).astype(dtype) for shape in ((B, H, M, D), (B, Hk, N, D), (B, Hk, N, E)))
     return q, k, v
-
-
-def _threads(arguments: argparse.Namespace) -> AbstractContextManager[object]:
-    return nullcontext() if arguments.threads is None else threads(arguments.threads)
 
 
 def _progress(arguments: argparse.Namespace, label: str, pairs: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -242,6 +196,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _add(commands: Any, name: str, command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=help, description=help)
+    sub.set_defaults(command=command)
+    sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return sub
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="attn-numba", description="Attention without PyTorch: a NumPy reference and Numba kernels."
@@ -249,17 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"attn-numba {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(command=command)
-        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
-        return sub
-
+    add = partial(_add, commands)
     add("info", _info, "versions, CPU features, threads, cache folder, GPU: every setting and where it comes from")
 
     run = add("run", _run, "compute attention of q, k, v from files into a file")
-    _add_inputs(run, "+")
-    _add_rules(run)
+    add_inputs(run, "+")
+    add_rules(run)
     run.add_argument("-o", "--output", required=True, help="where to write: .npy, or .npz or .safetensors by name")
     run.add_argument("--force", action="store_true", help="replace the output file if it exists")
     run.add_argument("--lse", action="store_true", help="also write each query's log of the sum of exponentials")
@@ -268,8 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
     compare = add("compare", _compare, "run every backend here on one input and hold it to the reference")
-    _add_inputs(compare, "*")
-    _add_rules(compare)
+    add_inputs(compare, "*")
+    add_rules(compare)
     compare.add_argument(
         "--sizes",
         type=int,
@@ -280,14 +236,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--dtype", default="float32", choices=DTYPES, help="of random input (default: float32)")
     compare.add_argument("--seed", type=int, default=0, help="of random input (default: 0)")
-    compare.add_argument("--repeat", type=_positive, default=3, help="runs of which the fastest counts (default: 3)")
+    compare.add_argument("--repeat", type=positive, default=3, help="runs of which the fastest counts (default: 3)")
     compare.add_argument("--quiet", action="store_true", help="no progress bar")
 
     bench = add("bench", _bench, "time the named workloads, each held to the reference first")
     bench.add_argument("workloads", nargs="*", metavar="WORKLOAD", help="some of the table (default: all)")
     bench.add_argument("--small", action="store_true", help="at a sixteenth of their length")
     bench.add_argument("--dtype", default="float32", choices=DTYPES, help="(default: float32)")
-    bench.add_argument("--repeat", type=_positive, default=3, help="runs of which the fastest counts (default: 3)")
+    bench.add_argument("--repeat", type=positive, default=3, help="runs of which the fastest counts (default: 3)")
+
+    plot = commands.add_parser("plot", help=PLOT_HELP, description=PLOT_HELP)
+    add_plots(partial(_add, plot.add_subparsers(required=True, metavar="KIND")))
 
     compile_ahead = add("warmup", _warmup, "compile ahead into the cache folder")
     compile_ahead.add_argument(
@@ -295,51 +254,5 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     for sub in (run, compare, bench):
-        sub.add_argument("--threads", type=_positive, help="how many threads compute (default: see info)")
+        add_threads(sub)
     return parser
-
-
-def _add_inputs(parser: argparse.ArgumentParser, count: str) -> None:
-    parser.add_argument(
-        "inputs",
-        nargs=count,
-        help="one .npz or .safetensors file that holds q, k and v, or three .npy files in that order",
-    )
-    parser.add_argument(
-        "--names",
-        nargs=3,
-        default=("q", "k", "v"),
-        metavar=("Q", "K", "V"),
-        help="of the arrays in one file (default: q k v)",
-    )
-
-
-def _add_rules(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "rules", "a key must be allowed by every mask given; modifiers: ALiBi, bias, cap, in this order"
-    )
-    group.add_argument("--causal", action="store_true", help="keys up to the query's own position")
-    group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys this near; -1: open")
-    group.add_argument("--neighborhood", type=_sizes_by_x, metavar="SIZE", help="nearest keys on a grid, as 13x13")
-    group.add_argument("--grid", type=_sizes_by_x, metavar="SHAPE", help="of --neighborhood, as 64x64")
-    group.add_argument("--padding-lengths", metavar="NUMBERS", help="keys of each sequence: 7,12,9 or a file")
-    group.add_argument(
-        "--prefix-lengths", metavar="NUMBERS", help="causal but for a prefix of each sequence: 7,12,9 or a file"
-    )
-    group.add_argument("--documents", metavar="FILE", help="which document each position belongs to, (B, N)")
-    group.add_argument("--mask", metavar="FILE", help="boolean array that broadcasts to (B, H, M, N); True: may attend")
-    group.add_argument("--alibi-slopes", metavar="NUMBERS", help="one per query head: 0.5,0.25 or a file")
-    group.add_argument("--bias", metavar="FILE", help="added to the scores; broadcasts to (B, H, M, N)")
-    group.add_argument("--soft-cap", type=float, metavar="CAP", help="scores become CAP * tanh(score / CAP)")
-    group.add_argument(
-        "--sink", type=float, metavar="SCORE", help="a score that takes part in every sum and has no value"
-    )
-    group.add_argument("--scale", type=float, help="of the scores (default: 1/sqrt(D))")
-    group.add_argument("--query-offset", type=int, metavar="POSITION", help="of query row 0")
-    group.add_argument("--key-offset", type=int, default=0, metavar="POSITION", help="of key row 0 (default: 0)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ import numpy as np
 from attn_numba.api import attention, backends
 from attn_numba.job import Job
 from attn_numba.reference import attention as reference_attention
-from attn_numba.workloads import Workload, allowed_rows
+from attn_numba.rules import Modifier, Places, Sizes, as_modifiers
+from attn_numba.workloads import Workload, allowed_rows, places_of_rows
 
 __all__ = [
     "Agreement",
@@ -164,6 +166,8 @@ def contenders(
     scores = sizes.B * sizes.H * sizes.M * sizes.N
     if scores > DENSE_LIMIT:
         calls["reference"] = calls["numpy"] = f"{scores:.1e} scores; written down only up to {DENSE_LIMIT:.1e}"
+    elif options.get("modifiers"):
+        calls["numpy"] = "plain NumPy is written here for masks, not for modifiers"
     elif arrays[0].dtype.itemsize < 4:
         calls["numpy"] = f"NumPy has no fast matrix product of {arrays[0].dtype.name}"
     else:
@@ -255,7 +259,7 @@ def check_workload(
     Parameters
     ----------
     workload : Workload
-        The problem; its rules may be a mask, offsets and a scale.
+        The problem; its rules may be a mask, modifiers, offsets and a scale.
     arrays : tuple of numpy.ndarray
         q (B,H,M,D), k (B,Hk,N,D), v (B,Hk,N,E).
     result : numpy.ndarray
@@ -272,10 +276,29 @@ def check_workload(
     if sizes.B * sizes.H * sizes.M * sizes.N > FULL_CHECK:
         rows = np.unique(np.linspace(0, sizes.M - 1, 128).astype(np.int32))
     q, k, v = arrays[0][:, :, rows], arrays[1], arrays[2]
-    rules = {"mask": allowed_rows(options, sizes, rows), "scale": options.get("scale")}
+    places = places_of_rows(options, sizes, rows)
+    modifiers = [_OfRows(modifier, places, sizes) for modifier in as_modifiers(options.get("modifiers"))]
+    rules = {
+        "mask": allowed_rows(options, sizes, rows), "modifiers": modifiers, "scale": options.get("scale"),
+    }  # fmt: skip
     expected = reference_attention(*(x.astype(np.float64) for x in (q, k, v)), **rules)
     rounded = reference_attention(q, k, v, compute_dtype=rounding_dtype(q.dtype), **rules)
     return agreement(result[:, :, rows], expected, rounded)
+
+
+@dataclass(frozen=True, eq=False)
+class _OfRows(Modifier):
+    """A modifier of a whole call, for some of its rows."""
+
+    modifier: Modifier
+    places: Places
+    sizes: Sizes
+
+    def evaluate(self, s: np.ndarray, places: Places, sizes: Sizes) -> np.ndarray:
+        return self.modifier.evaluate(s, self.places, self.sizes)
+
+    def excluded(self, places: Places, sizes: Sizes) -> np.ndarray | None:
+        return self.modifier.excluded(self.places, self.sizes)
 
 
 def plain_attention(

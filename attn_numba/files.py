@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-__all__ = ["check_contents", "check_output", "read_array", "read_arrays", "write_arrays"]
+__all__ = ["check_contents", "check_output", "read_array", "read_arrays", "write_arrays", "write_whole"]
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 # what reading a damaged file raises; the last two by NumPy, which parses the header of a .npy file as Python text
@@ -99,7 +99,7 @@ def read_array(path: str | Path) -> np.ndarray:
     return next(iter(arrays.values()))
 
 
-def check_output(path: str | Path, overwrite: bool = False) -> Path:
+def check_output(path: str | Path, overwrite: bool = False, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """Return a path as one that can be written, before the work is done that is to be kept there.
 
     Parameters
@@ -108,6 +108,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
         The file to be written.
     overwrite : bool
         Whether a file that exists may be replaced.
+    suffixes : sequence of str
+        The kinds of file that can be written there.
 
     Returns
     -------
@@ -123,8 +125,8 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
         Its folder does not exist or cannot be written.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; known are {', '.join(SUFFIXES)}")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; known are {', '.join(suffixes)}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; it is replaced only with --force")
     if not path.parent.is_dir():
@@ -136,8 +138,6 @@ def check_output(path: str | Path, overwrite: bool = False) -> Path:
 
 def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], overwrite: bool = False) -> None:
     """Write arrays to a file, whole or not at all.
-
-    They go to a file of another name in the same folder, which takes the final name once it is complete.
 
     Parameters
     ----------
@@ -162,12 +162,47 @@ def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], overwrite: 
     """
     path = check_output(path, overwrite)
     check_contents(path, {name: array.dtype for name, array in arrays.items()})
+    write_whole(path, partial(_write, path.suffix, arrays), overwrite)
+
+
+def write_whole(
+    path: str | Path,
+    write: Callable[[Path, IO[bytes]], None],
+    overwrite: bool = False,
+    suffixes: Sequence[str] = SUFFIXES,
+) -> None:
+    """Write a file whole or not at all.
+
+    It is written under another name in the same folder and takes the final name once it is complete.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file to write.
+    write : callable
+        Is called with the path of the unfinished file and with that file, open, and fills it.
+    overwrite : bool
+        Whether a file that exists may be replaced.
+    suffixes : sequence of str
+        The kinds of file that `write` can make.
+
+    Raises
+    ------
+    ValueError
+        The suffix is unknown.
+    FileExistsError
+        The file exists and `overwrite` is False.
+    OSError
+        It cannot be written.
+    """
+    path = check_output(path, overwrite, suffixes)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "xb") as file:
-            _write(part, file, path.suffix, arrays)
+            write(part, file)
+            file.flush()
             os.fsync(file.fileno())
-        check_output(path, overwrite)
+        check_output(path, overwrite, suffixes)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -191,7 +226,7 @@ def check_contents(path: str | Path, dtypes: Mapping[str, np.dtype]) -> None:
             raise ValueError(f"{path}: {suffix} cannot hold {name}, which is bfloat16; use .safetensors")
 
 
-def _write(part: Path, file: IO[bytes], suffix: str, arrays: Mapping[str, np.ndarray]) -> None:
+def _write(suffix: str, arrays: Mapping[str, np.ndarray], part: Path, file: IO[bytes]) -> None:
     if suffix == ".safetensors":
         _safetensors().save(part, arrays)
     elif suffix == ".npz":
@@ -202,7 +237,6 @@ def _write(part: Path, file: IO[bytes], suffix: str, arrays: Mapping[str, np.nda
     else:
         (array,) = arrays.values()
         np.save(file, array, allow_pickle=False)
-    file.flush()
 
 
 def _open_npy(path: Path) -> dict[str, Reader]:

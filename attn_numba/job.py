@@ -221,6 +221,26 @@ class Job:
             for rows in _slices(sizes.M, max(1, pairs * sizes.M // head // ROWS) * ROWS)
         ]
 
+    def part(self, piece: Piece) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
+        """Return the arrays of a piece and the keyword arguments that go with them.
+
+        Parameters
+        ----------
+        piece : Piece
+            A part of the call.
+
+        Returns
+        -------
+        tuple of three numpy.ndarray, dict
+            q, k, v, each with four axes, and the rules as `attn_numba.attention` takes them.
+        """
+        q, k, v, sizes = self.problem[:4]
+        group = sizes.H // sizes.Hk
+        keys = (piece.sequences, piece.key_heads)
+        queries = (piece.sequences, _of_queries(piece.key_heads, group), piece.rows)
+        rules = replace(self.rules, query_offset=self.problem.query_offset)  # None would mean another in a piece
+        return (q[queries], k[keys], v[keys]), rules.options(piece, group)
+
     def run(
         self,
         attention: Callable[..., Any],
@@ -248,16 +268,14 @@ class Job:
             ``out`` and what else was asked for.
         """
         wanted = {"return_lse": lse, "return_weights": weights}
-        q, k, v, sizes = self.problem[:4]
+        sizes = self.problem.sizes
         if len(pieces) <= 1:
             return _by_name(attention(self.q, self.k, self.v, **self.rules.options(), **wanted))
-        group = sizes.H // sizes.Hk
-        rules = replace(self.rules, query_offset=self.problem.query_offset)  # None would mean another in a piece
         results: dict[str, np.ndarray] = {}
         for piece in pieces:
-            keys = (piece.sequences, piece.key_heads)
-            place = (piece.sequences, _of_queries(piece.key_heads, group), piece.rows)
-            parts = _by_name(attention(q[place], k[keys], v[keys], **rules.options(piece, group), **wanted))
+            arrays, options = self.part(piece)
+            parts = _by_name(attention(*arrays, **options, **wanted))
+            place = (piece.sequences, _of_queries(piece.key_heads, sizes.H // sizes.Hk), piece.rows)
             for name, part in parts.items():
                 if name not in results:
                     results[name] = np.empty((sizes.B, sizes.H, sizes.M, *part.shape[3:]), part.dtype)

@@ -174,7 +174,7 @@ def check(
     q4, k4, v4, sizes, rank = check_arrays(q, k, v, relation)
     rule = as_mask(mask)
     chain = as_modifiers(modifiers)
-    weigher = check_normalizer(normalizer)
+    weigher = check_normalizer(normalizer, chain)
     weigher.check(sizes)
     drop = dropout if dropout is None else instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
     number = check_scale(scale, relation.default_scale(sizes.D))

@@ -15,18 +15,21 @@ from typing import Any
 import numpy as np
 
 from attn_numba.rules import (
+    AdaptiveSpan,
     BlockSparse,
     Causal,
-    Mask,
     Neighborhood,
     Padding,
+    Places,
     SameDocument,
     Sizes,
     SlidingWindow,
+    as_mask,
+    as_modifiers,
     places_of,
 )
 
-__all__ = ["WORKLOADS", "Workload", "allowed_rows", "named_dtype"]
+__all__ = ["WORKLOADS", "Workload", "allowed_rows", "named_dtype", "places_of_rows"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Workload:
 
     @property
     def visible_pairs(self) -> int:
-        """How many (b, h, i, j) the mask allows."""
+        """How many (b, h, i, j) the mask and the modifiers leave."""
         return _visible_pairs(self)
 
     @property
@@ -120,13 +123,35 @@ class Workload:
         return 2 * (self.D + self.E) * self.visible_pairs
 
 
-def allowed_rows(options: Mapping[str, Any], sizes: Sizes, rows: np.ndarray) -> np.ndarray | None:
-    """Return which keys the mask of a call allows to some of its query rows.
+def places_of_rows(options: Mapping[str, Any], sizes: Sizes, rows: np.ndarray) -> Places:
+    """Return the places of some query rows of a call.
 
     Parameters
     ----------
     options : mapping
-        Keyword arguments of `attn_numba.attention`; ``mask``, ``query_offset`` and ``key_offset`` are read.
+        Keyword arguments of `attn_numba.attention`; ``query_offset`` and ``key_offset`` are read.
+    sizes : Sizes
+        Of the whole call.
+    rows : numpy.ndarray
+        Which query rows, int32.
+
+    Returns
+    -------
+    Places
+        Arrays that broadcast to (B, H, len(rows), N).
+    """
+    key_offset, query_offset = options.get("key_offset", 0), options.get("query_offset")
+    places = places_of(sizes, key_offset if query_offset is None else query_offset, key_offset)
+    return places._replace(i=places.i[:, :, rows], row_i=places.row_i[:, :, rows])
+
+
+def allowed_rows(options: Mapping[str, Any], sizes: Sizes, rows: np.ndarray) -> np.ndarray | None:
+    """Return which keys the mask and the modifiers of a call leave to some of its query rows.
+
+    Parameters
+    ----------
+    options : mapping
+        Keyword arguments of `attn_numba.attention`; mask, modifiers and offsets are read.
     sizes : Sizes
         Of the whole call.
     rows : numpy.ndarray
@@ -135,14 +160,15 @@ def allowed_rows(options: Mapping[str, Any], sizes: Sizes, rows: np.ndarray) -> 
     Returns
     -------
     numpy.ndarray or None
-        Boolean, broadcasts to (B, H, len(rows), N); None without a mask.
+        Boolean, broadcasts to (B, H, len(rows), N); None where nothing is excluded.
     """
-    mask: Mask | None = options.get("mask")
-    if mask is None:
-        return None
-    key_offset, query_offset = options.get("key_offset", 0), options.get("query_offset")
-    places = places_of(sizes, key_offset if query_offset is None else query_offset, key_offset)
-    return mask.evaluate(places._replace(i=places.i[:, :, rows], row_i=places.row_i[:, :, rows]), sizes)
+    places, mask = places_of_rows(options, sizes, rows), as_mask(options.get("mask"))
+    result = None if mask is None else mask.evaluate(places, sizes)
+    for modifier in as_modifiers(options.get("modifiers")):
+        excluded = modifier.excluded(places, sizes)
+        if excluded is not None:
+            result = ~excluded if result is None else result & ~excluded
+    return result
 
 
 def named_dtype(name: str) -> np.dtype:
@@ -225,6 +251,13 @@ def _neighbors(workload: Workload) -> dict[str, Any]:
     return {"mask": Neighborhood((side, side), (13, 13))}
 
 
+def _spans(workload: Workload) -> dict[str, Any]:
+    """Return spans of a tenth of the length on average that swing from a fiftieth to nearly a fifth, head by head."""
+    turns = np.arange(workload.H)[:, None] / workload.H + 3 * np.arange(workload.M) / workload.M
+    span = workload.N / 10 * (1 + 0.8 * np.sin(2 * np.pi * turns))
+    return {"mask": Causal(), "modifiers": AdaptiveSpan(span.astype(np.float32), 32.0)}
+
+
 _TABLE: tuple[tuple[Any, ...], ...] = (
     # name, source                                                        B,  H, Hk,    M,     N,   D,   E, rules
     ("minilm", "all-MiniLM-L6-v2 at its 256 tokens (Wang 2020)",         16, 12, 12,   256,   256,  32,  32, _dense),
@@ -238,6 +271,7 @@ _TABLE: tuple[tuple[Any, ...], ...] = (
     ("window-16k", "Longformer's window of 512 (Beltagy 2020)",          1,  4,  4, 16384, 16384,  64,  64, _window),
     ("documents", "16 packed documents of 512 tokens, causal",           1,  8,  8,  8192,  8192,  64,  64, _documents),
     ("block-sparse", "BigBird's 4096 in blocks of 64 (Zaheer 2020)",     1, 12, 12,  4096,  4096,  64,  64, _blocks),
+    ("adaptive-span", "spans by query, ramp 32 (Sukhbaatar 2019)",       1,  8,  8,  8192,  8192,  64,  64, _spans),
     ("neighborhood", "NATTEN, 13 x 13 on 64 x 64 (Hassani 2023)",        1,  8,  8,  4096,  4096,  64,  64, _neighbors),
 )  # fmt: skip
 

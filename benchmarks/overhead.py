@@ -4,8 +4,9 @@
     python benchmarks/overhead.py masks modifiers --threads 2
 
 Parts: ``peak`` (share of the register tile's own rate, and NumPy's matrix products of the same count), ``masks`` (time
-per visible pair over that of dense attention of the same lengths), ``modifiers`` (time over that without), ``calls``
-(the smallest call), ``start`` (new processes), ``memory`` (a long sequence).
+per visible pair over that of dense attention of the same lengths), ``modifiers`` (time over that without), ``spans``
+(time of adaptive spans over that of full and of causal attention), ``calls`` (the smallest call), ``start`` (new
+processes), ``memory`` (a long sequence).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,27 @@ def modifiers(arguments: argparse.Namespace) -> Iterator[Row]:
         yield f"{name}: time over plain", ratio(times, name, "plain"), "times"
 
 
+def spans(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the time of adaptive spans, a tenth of the keys on average, over that of full attention."""
+    dtype = named_dtype(arguments.dtype)
+    workload = WORKLOADS["adaptive-span"]
+    q, k, v = workload.arrays(dtype)
+    by_query = workload.options()["modifiers"]
+    tried = {"one span": an.AdaptiveSpan(workload.N / 10, by_query.ramp), "spans by query": by_query}
+    kinds: dict[str, dict[str, Any]] = {"both sides": {}, "causal": {"mask": an.Causal()}}
+    options = {f"{name}, {kind}": {**kinds[kind], "modifiers": x} for name, x in tried.items() for kind in kinds}
+    calls = {name: partial(an.attention, q, k, v, **rules) for name, rules in (kinds | options).items()}
+    times = interleave(calls, arguments.turns, arguments.seconds)
+    for name, rules in options.items():
+        visible = replace(workload, name=name, rules=lambda workload, rules=rules: rules).visible_pairs
+        share = visible / (workload.H * workload.M * workload.N)
+        what = f"{name} (visible {100 * share:.1f} %)"
+        yield f"{what}: time over full", ratio(times, name, "both sides"), "times"
+        if name.endswith("causal"):
+            yield f"{what}: time over causal", ratio(times, name, "causal"), "times"
+        yield f"{what}: time per pair over dense", ratio(times, name, "both sides") / share, "times"
+
+
 def calls(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the time of the smallest calls."""
     dtype = named_dtype(arguments.dtype)
@@ -174,7 +197,7 @@ def _process(code: str, environment: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-PARTS = {part.__name__: part for part in (peak, masks, modifiers, calls, start, memory)}
+PARTS = {part.__name__: part for part in (peak, masks, modifiers, spans, calls, start, memory)}
 
 
 def main() -> None:

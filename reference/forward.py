@@ -126,7 +126,7 @@ def attention(
     score = check_score(score)
     sizes = sizes_of(q.shape, k.shape, v.shape, score)
     mask, modifiers = as_mask(mask), as_modifiers(modifiers)
-    normalizer = check_normalizer(normalizer)
+    normalizer = check_normalizer(normalizer, modifiers)
     normalizer.check(sizes)
     check_lse(return_lse, normalizer)
     if dropout is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from attn_numba.rules import (
+    AdaptiveSpan,
     Additive,
     ALiBi,
     AllOf,
@@ -234,6 +235,16 @@ def slopes(rng, z):
     return ALiBi(2.0 ** -np.linspace(1, 8, z.H))
 
 
+def span(largest, axes="BHM", ramp=9.5):
+    """Return spans from below -ramp, which see nothing, to `largest`."""
+
+    def build(rng, z):
+        shape = [getattr(z, a) if a in axes else 1 for a in "BHM"]
+        return AdaptiveSpan(rng.uniform(-1.2 * ramp, largest, shape), ramp)
+
+    return build
+
+
 def bilinear(*heads):
     def build(rng, z):
         return Bilinear(rng.standard_normal((*(getattr(z, a) for a in heads), z.D, z.D)) / z.D)
@@ -400,6 +411,25 @@ def modifiers() -> Iterator[Case]:
     yield Case("ALiBi, offsets", sized(), with_(modifiers=slopes, query_offset=np.array([25, -7]), key_offset=3))
     yield Case("Temperature", sized(), with_(modifiers=lambda rng, z: Temperature(rng.random((z.B, z.H, z.M)) + 0.2)))
     yield Case("Temperature, one number", sized(), with_(modifiers=Temperature(0.3)))
+    yield Case("AdaptiveSpan", square(), with_(modifiers=AdaptiveSpan(20, 10)))
+    for axes in ("BHM", "HM", "BH", "H", "M", "B"):
+        yield Case(f"AdaptiveSpan ({axes})", square(), with_(modifiers=span(60, axes)))
+    yield Case("AdaptiveSpan, long", square(1000, B=1, H=2), with_(modifiers=span(250, "H", ramp=32)))
+    yield Case(
+        "AdaptiveSpan, long and by query",
+        square(900, B=1, H=1),
+        with_(modifiers=lambda rng, z: AdaptiveSpan(100 + 90 * np.sin(np.arange(z.M) / 50), 16)),
+    )
+    yield Case("AdaptiveSpan, ends together", sized(D=17), with_(modifiers=span(30), query_offset=together))
+    yield Case(
+        "AdaptiveSpan, offsets by sequence",
+        sized(),
+        with_(modifiers=span(30), query_offset=np.array([25, -60]), key_offset=np.array([-5, 1])),
+    )
+    yield Case("AdaptiveSpan, nothing near", sized(), with_(modifiers=span(30), query_offset=1000))
+    yield Case("AdaptiveSpan, short ramp", square(), with_(modifiers=AdaptiveSpan(12.25, 0.5)))
+    yield Case("AdaptiveSpan, long ramp", square(), with_(modifiers=AdaptiveSpan(-3, 300.0)))
+    yield Case("AdaptiveSpan, wider than all", square(), with_(modifiers=AdaptiveSpan(1e12, 1.0)))
     yield Case("ReplaceExcluded", square(), with_(modifiers=ReplaceExcluded(SlidingWindow(10, 3), -2.5)))
     yield Case(
         "ReplaceExcluded, large", sized(), with_(modifiers=lambda rng, z: ReplaceExcluded(empty_rows(rng, z), -1e4))
@@ -529,6 +559,23 @@ def pairs() -> Iterator[Case]:
         "soft cap and causal and grouped heads", square(H=4, Hk=2, D=64), with_(mask=Causal(), modifiers=SoftCap(5.0))
     )
     yield Case("ALiBi and causal", square(200, B=1, H=4), with_(mask=Causal(), modifiers=slopes))
+    yield Case("span and causal and grouped heads", square(200, H=6, Hk=2), with_(mask=Causal(), modifiers=span(40)))
+    yield Case(
+        "span and causal and rows before all keys",
+        sized(),
+        with_(mask=Causal(), modifiers=span(30), query_offset=-20, normalizer=Softmax(0.5)),
+    )
+    yield Case("span and random mask", square(), with_(mask=dense(0.5), modifiers=span(40)))
+    yield Case("span and neighborhood", square(96), with_(mask=Neighborhood(96, 7), modifiers=AdaptiveSpan(1, 3)))
+    yield Case("span and sink", square(), with_(modifiers=span(40), normalizer=Softmax([0.3, -1.0, 2.0])))
+    yield Case("span and dropout", square(), with_(modifiers=span(40), dropout=Dropout(0.3, 8)))
+    yield Case("span and Cosine", square(), with_(modifiers=span(40), score=Cosine(), scale=9.0))
+    yield Case("span, then soft cap", square(), with_(modifiers=lambda rng, z: [span(40)(rng, z), SoftCap(3.0)]))
+    yield Case("soft cap, then span", square(), with_(modifiers=lambda rng, z: [SoftCap(3.0), span(40)(rng, z)]))
+    yield Case("span and ALiBi", square(), with_(modifiers=lambda rng, z: [slopes(rng, z), span(40)(rng, z)]))
+    yield Case("span of a span", square(), with_(modifiers=lambda rng, z: [span(60, "H")(rng, z), span(40)(rng, z)]))
+    for scale in (0.0, -0.3, 1e-25, 1e-6, 3.7):
+        yield Case(f"span, scale {scale}", square(D=17), with_(modifiers=span(40), scale=scale))
     yield Case(
         "dropout and causal and grouped heads", square(H=4, Hk=1), with_(mask=Causal(), dropout=Dropout(0.4, 17))
     )
@@ -565,6 +612,18 @@ def pairs() -> Iterator[Case]:
         poison="hidden",
     )
     yield Case(
+        "hidden NaN and span",
+        sized(M=40, N=300),
+        with_(modifiers=span(30, "BH"), query_offset=np.array([20, 200])),
+        poison="hidden",
+    )
+    yield Case(
+        "hidden NaN and span and soft cap",
+        sized(M=40, N=300),
+        with_(modifiers=lambda rng, z: [span(30)(rng, z), SoftCap(3.0)], query_offset=130),
+        poison="hidden",
+    )
+    yield Case(
         "hidden NaN and replaced scores",
         sized(),
         with_(mask=dense(0.6, "BN"), modifiers=ReplaceExcluded(Padding(30), 1.5)),
@@ -579,6 +638,7 @@ def pairs() -> Iterator[Case]:
     yield Case("seen NaN", sized(), poison="seen")
     yield Case("seen NaN and causal", square(), with_(mask=Causal()), poison="seen")
     yield Case("seen NaN and window", square(300, B=1), with_(mask=SlidingWindow(20, 20)), poison="seen")
+    yield Case("seen NaN and span", square(300, B=1), with_(modifiers=span(60)), poison="seen")
     yield Case("seen NaN and random mask", sized(E=17), with_(mask=dense(0.1)), poison="seen")
 
 

@@ -108,6 +108,17 @@ def dropped(rng, z):
     return {**dense(rng, z), "dropout": an.Dropout(0.4, int(rng.integers(2**60))), **offsets(rng, z)}
 
 
+def spans(rng, z):
+    ramp = float(rng.uniform(0.1, 30))
+    shape = [n if rng.random() < 0.5 else 1 for n in (z.B, z.H, z.M)]
+    return {"modifiers": an.AdaptiveSpan(rng.uniform(-1.2 * ramp, z.N / 3, shape), ramp), **offsets(rng, z)}
+
+
+def capped_spans(rng, z):
+    rules = spans(rng, z)
+    return {**rules, "mask": some_keys(rng, z)["mask"], "modifiers": [rules["modifiers"], an.SoftCap(4.0)]}
+
+
 def with_sink(rng, z):
     return {**dense(rng, z), "normalizer": an.Softmax(rng.standard_normal(z.H))}
 
@@ -124,7 +135,7 @@ def added(rng, z):
 
 RULES = (
     no_mask, causal, window, padding, dense, some_keys, bias, capped_bias, causal_and_keys, joined, blocks, custom,
-    replaced, dropped, with_sink, normalized, added,
+    replaced, dropped, with_sink, normalized, added, spans, capped_spans,
 )  # fmt: skip
 
 

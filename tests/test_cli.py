@@ -43,6 +43,15 @@ def refused(capsys, *words: str) -> str:
     return err
 
 
+@pytest.fixture
+def pictures():
+    """The functions that draw; the test is skipped without matplotlib."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it belongs to the extra plot")
+    from attn_numba.integrations import matplotlib
+
+    return matplotlib
+
+
 RULES = {
     "": {},
     "--causal": {"mask": an.Causal()},
@@ -264,3 +273,155 @@ def test_module_and_version():
         [sys.executable, "-m", "attn_numba", "--version"], capture_output=True, text=True, check=True, cwd=os.path.sep
     )
     assert done.stdout == f"attn-numba {an.__version__}\n"
+
+
+@pytest.fixture
+def plotted(folder, pictures, monkeypatch):
+    """A function that runs `plot` and returns the figure that it saved."""
+    saved = []
+    save = pictures.save
+
+    def remember(figure, path, **options):
+        saved.append(figure)
+        save(figure, path, **options)
+
+    monkeypatch.setattr(pictures, "save", remember)
+
+    def run(words: str):
+        assert cli.main(["plot", *words.split(), "-o", "picture.png", "--force"]) == 0
+        assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+        return saved[-1]
+
+    return run
+
+
+def panels(figure) -> list[np.ndarray]:
+    return [axes.images[0].get_array() for axes in figure.axes if axes.get_label() != "<colorbar>"]
+
+
+def test_plot_draws_the_weights_of_all_heads(plotted):
+    figure = plotted("weights qkv.npz --causal --sequence 1")
+    expected = an.attention(Q, K, V, mask=an.Causal(), return_weights=True).weights[1]
+    np.testing.assert_allclose(panels(figure), expected, rtol=1e-4, atol=1e-6)
+    assert figure.get_suptitle() == "Attention weights, sequence 1"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["excluded by the mask"]
+
+
+@pytest.mark.parametrize("words", RULES)
+def test_plot_draws_what_run_computes(plotted, words):
+    figure = plotted(f"weights q.npy k.npy --heads 3 1 --rows 5:20 --backend reference {words}")
+    expected = an.attention(Q, K, V, return_weights=True, **RULES[words]).weights[0, [3, 1], 5:20]
+    np.testing.assert_allclose(panels(figure), expected, rtol=1e-4, atol=1e-6)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["head 3", "head 1"]
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "5"
+
+
+def test_plot_takes_labels_title_and_the_top_of_the_scale(folder, plotted):
+    (folder / "tokens.txt").write_text("".join(f"wörd{n}\n" for n in range(36)), encoding="utf-8")
+    words = "weights qkv.npz --heads 2 --rows 30:36 --labels tokens.txt --title Head --highest 0.5 --backend reference"
+    figure = plotted(words)
+    assert figure.get_suptitle() == "Head"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [f"wörd{n}" for n in range(30, 36)]
+    assert figure.axes[0].get_xticklabels()[35].get_text() == "wörd35"
+    assert figure.axes[1].get_ylim() == (0, 0.5)
+
+
+def test_plot_averages_long_sequences(plotted):
+    q, k = RANDOM.standard_normal((2, 1, 1100, 4)).astype(np.float32)
+    np.savez("long.npz", q=q, k=k)
+    figure = plotted("weights long.npz --causal --backend reference")
+    w = an.attention(q, k, k, mask=an.Causal(), return_weights=True, backend="reference").weights[0]
+    assert figure.get_suptitle() == "Attention weights\naveraged over 3 x 3 (queries x keys)"
+    np.testing.assert_allclose(panels(figure)[0][100, 50], w[300:303, 150:153].mean(), rtol=1e-4)
+
+
+def test_plot_draws_the_entropy_of_layers(plotted):
+    np.savez("other.npz", q=K, k=Q[:, :2])
+    np.savez("layer.npz", q=Q[:, :2], k=K)
+    axes, bar = plotted("entropy layer.npz other.npz --causal --backend reference").axes
+    w = [an.attention(*x, K, mask=an.Causal(), return_weights=True).weights for x in ((Q[:, :2], K), (K, Q[:, :2]))]
+    expected = [-(x * np.log(np.where(x > 0, x, 1))).sum(-1).mean((0, 2)) for x in w]
+    np.testing.assert_allclose(axes.images[0].get_array(), expected, rtol=1e-4)
+    assert bar.get_ylabel() == "entropy (nats)\nat most ln 36 = 3.58"
+
+
+def test_plot_draws_a_mask(plotted):
+    figure = plotted("mask --shape 2x4x36x36 --causal --padding-lengths 20,36")
+    expected = an.mask_array(an.Causal() & an.Padding([20, 36]), (2, 4, 36, 36))[:, 0]
+    np.testing.assert_array_equal(np.stack(panels(figure)) == 2, expected)
+
+
+def test_plot_draws_a_rollout(folder, plotted):
+    for name in ("first", "second"):
+        assert cli.main(["run", "qkv.npz", "-o", f"{name}.npz", "--weights", "--causal"]) == 0
+    w = files.read_arrays("first.npz")["weights"]
+    expected = an.rollout([w, w], 0.25)
+    figure = plotted("rollout first.npz second.npz --sequence 1 --residual 0.25")
+    np.testing.assert_allclose(panels(figure)[0], expected[1], rtol=1e-6)
+    assert figure.axes[1].get_ylabel() == "share (0 to 1)"
+    np.save("image.npy", RANDOM.random((14, 21, 3)))
+    over = plotted("rollout first.npz second.npz --residual 0.25 --image image.npy --patch 3 --query 35").axes[1]
+    np.testing.assert_allclose(over.images[1].get_array()[::3, ::3].ravel(), expected[0, 35, 1:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["picture.svg", "picture.pdf"])
+def test_plot_writes_other_kinds_of_files(folder, pictures, output):
+    assert cli.main(["plot", "mask", "--shape", "1x1x4x4", "--causal", "-o", output]) == 0
+    assert (folder / output).stat().st_size > 1000
+
+
+PLOT_REFUSED = {
+    "weights missing.npz -o x.png": "missing.npz",
+    "weights q.npy k.npy v.npy -o x.png": "not 3 files",
+    "weights qkv.npz -o x.gif": "unknown kind of file '.gif'; known are .png, .svg, .pdf",
+    "weights qkv.npz -o q.npy": "unknown kind",
+    "weights qkv.npz -o old.png": "old.png exists",
+    "weights qkv.npz -o x.png --heads 0 4": "--heads has 4; needed 0 to 3",
+    "weights qkv.npz -o x.png --sequence 2": "--sequence has 2; needed 0 to 1",
+    "weights qkv.npz -o x.png --rows 30:40": "--rows is 30:40; needed a part of 0:36",
+    "weights qkv.npz -o x.png --labels three.txt": "three.txt has 3 lines; there are 36 queries",
+    "weights qkv.npz -o x.png --labels latin.txt": "latin.txt is not UTF-8",
+    "weights qkv.npz -o x.png --labels a b c": "not in 3",
+    "weights qkv.npz -o x.png --names q w": "has no array w",
+    "weights qkv.npz -o x.png --highest 0 --backend reference": "highest is 0.0",
+    "weights qkv.npz -o x.png --backend gpu": "gpu",
+    "entropy q.npy -o x.png": "has no array",
+    "mask --shape 1x1x4x4 -o x.png": "no mask is given",
+    "mask --shape 4x4 --causal -o x.png": "--shape is 4x4; needed four sizes",
+    "mask --shape 1x1x2x4 --causal -o x.png": "query_offset",
+    "rollout qkv.npz -o x.png": "has no array weights; it holds k, q, v",
+    "rollout q.npy -o x.png": "needed (B, H, M, M)",
+    "rollout square.npy -o x.png --image q.npy": "--image and --patch go together",
+    "rollout square.npy -o x.png --query 1": "--query is for a picture with --image",
+    "rollout square.npy -o x.png --image square.npy --patch 4 --highest 1": "without --image",
+    "rollout square.npy -o x.png --image square.npy --patch 1": "relevance has shape (4,); needed (16,)",
+    "rollout square.npy -o x.png --image k.npy --patch 1": "image has shape (2, 2, 36, 8)",
+    "rollout square.npy -o x.png --query 4 --image square.npy --patch 4": "--query has 4; needed 0 to 3",
+}
+
+
+@pytest.mark.parametrize("words", PLOT_REFUSED)
+def test_plot_refuses_bad_input_in_one_line(folder, pictures, capsys, words):
+    (folder / "three.txt").write_text("a\nb\nc\n")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "old.png").write_bytes(b"mine")
+    np.save("square.npy", np.full((4, 4), 0.25))
+    before = sorted(folder.iterdir())
+    assert PLOT_REFUSED[words] in refused(capsys, "plot", *words.split())
+    assert sorted(folder.iterdir()) == before
+    assert (folder / "old.png").read_bytes() == b"mine"
+
+
+def test_plot_without_matplotlib_names_the_extra(folder, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "attn_numba.integrations.matplotlib", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delattr("attn_numba.integrations.matplotlib", raising=False)
+    message = refused(capsys, "plot", "mask", "--shape", "1x1x4x4", "--causal", "-o", "x.png")
+    assert 'pip install "attn-numba[plot]"' in message
+
+
+def test_plot_usage_ends_with_code_2():
+    for words in ("plot", "plot pie", "plot mask --causal -o x.png", "plot weights q.npz -o x.png --rows 5"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words.split())
+        assert caught.value.code == 2

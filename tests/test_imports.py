@@ -32,17 +32,35 @@ ALLOWED = {
     "explain": {"rules", "problem", "api", "cpu", "reference"},
     "sequences": {"rules"},
     "testing": {"rules", "problem", "api", "comparison", "reference"},
-    "integrations": {"integrations"},
+    "averages": {"rules", "problem", "explain"},
+    "panels": {"rules", "averages"},
+    "integrations": {"rules", "sequences", "averages", "panels", "files", "integrations"},
     "files": {"integrations"},
     "workloads": {"rules", "integrations"},
     "job": {"rules", "problem"},
     "comparison": {"rules", "problem", "api", "job", "workloads", "reference"},
-    "cli": {"", "rules", "api", "cpu", "parallel", "job", "files", "workloads", "comparison", "integrations"},
+    "options": {"parallel", "job", "files"},
+    "plotting": {"averages", "panels", "explain", "job", "files", "options", "integrations"},
+    "cli": {
+        "",
+        "rules",
+        "api",
+        "cpu",
+        "parallel",
+        "job",
+        "files",
+        "workloads",
+        "comparison",
+        "options",
+        "plotting",
+        "integrations",
+    },
     "__main__": {"cli"},
 }
 WHEN_CALLED = {"cpu", "integrations", "reference"}  # imported inside functions only, but by themselves and each other
 MAY_LOAD_REFERENCE = {"comparison", "testing", "reference"}  # at import; the others when they are called
 LIBRARIES = {
+    "rules": {"numpy", "scipy"},  # SciPy in `adapt` alone, when it is called
     "cpu": {"numpy", "numba", "llvmlite", "scipy"},
     "sequences": {"numpy", "scipy"},
     "integrations": {"numpy"},  # and the one library that the file is named after

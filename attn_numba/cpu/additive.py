@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from attn_numba.cpu.functions import Functions
 from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.tiles import DEPTH_CHAIN, Operands, define, load_int32, vector_length, word_bytes
-from attn_numba.cpu.vectors import Loop, Vectors
+from attn_numba.cpu.vectors import Loop
 
 ROWS = 4  # rows of a tile: enough independent chains of operations to fill the time that each of them takes
 
@@ -16,7 +17,7 @@ def _additive_tile(rows: int, onward: bool):
     writer, and its bits do not depend on the rows and columns beside it.
     """
 
-    def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, w, units):
+    def emit(v: Functions, unit, a, a_row, b, b_row, c, c_row, w, units):
         builder = v.builder
         tile = Operands(v, unit, rows, 1, a, a_row, b, b_row, c, c_row)
         loop = Loop(builder, units, 1, tile.zeros())

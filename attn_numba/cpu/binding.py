@@ -18,7 +18,8 @@ from attn_numba.cpu.tiles import DEPTH_CHAIN
 from attn_numba.cpu.vectors import DOUBLE, FLOAT
 from attn_numba.problem import Problem, is_light
 from attn_numba.rules import SYMBOLS, MaskFormula
-from attn_numba.rules.formula import Binder, Node, cast, lift, symbol
+from attn_numba.rules.formula import Binder, Node, cast, lift, select, symbol
+from attn_numba.rules.interval import interval, known
 
 KEPT = 64  # bound rules kept for calls that repeat; each holds the arrays of its rules
 
@@ -72,7 +73,7 @@ def _bind(problem: Problem) -> Bound:
     sizes, binder = problem.sizes, Binder()
     offsets = (problem.query_offset, problem.key_offset)  # not bound, for binding one array twice binds it once
     binder.params += [np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in offsets]
-    mask, score = _formulas(problem, binder)
+    formulas = _formulas(problem, binder)
     runs = _runs(problem, binder)
     drops = problem.dropout is not None and problem.dropout.rate > 0
     first_drop = len(binder.params)
@@ -80,11 +81,12 @@ def _bind(problem: Problem) -> Bound:
         binder.params += dropout_parameters(problem.dropout, sizes)
     params = settled(binder.params, problem.accumulator)
     number = DOUBLE if problem.dtype == "float64" else FLOAT
-    key = (number, structure(params), drops and first_drop, repr(score), repr(mask), repr(runs))
+    key = (number, structure(params), drops and first_drop, repr(formulas), repr(runs))
     if key not in _compiled:
-        _compiled[key] = _compile(number, params, mask, score, runs, first_drop if drops else None)
+        _compiled[key] = _compile(number, params, formulas, runs, first_drop if drops else None)
     hooks = _compiled[key]
-    factor = 1 / math.log(2) if score is not None else problem.scale / math.log(2)
+    scaled = formulas.score is not None and not formulas.partial  # by the hooks
+    factor = (1 if scaled else problem.scale) / math.log(2)
     block = words(params)
     keep = (block, params, problem.mask, problem.modifiers, problem.dropout)
     addresses = tuple(hooks.get(name, 0) for name in HOOKS)
@@ -98,7 +100,7 @@ def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
         mask is None
         or problem.sizes.D > DEPTH_CHAIN
         or not 0 < mask.run_count <= MOST_RUNS
-        or any(m.excludes is not None for m in problem.modifiers)
+        or any(m.excludes is not None or m.neutral is not None for m in problem.modifiers)
     ):
         return None
     p = binder.bind(mask.arguments(problem.sizes))
@@ -106,31 +108,61 @@ def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
     return lift(first), lift(end)
 
 
-def _formulas(problem: Problem, binder: Binder) -> tuple[MaskFormula | None, Node | None]:
-    """Return the mask with all that modifiers exclude, and the modified score; None where there is nothing to do."""
-    mask = None if problem.mask is None else problem.mask.formula(SYMBOLS, problem.sizes, binder)
+class Formulas(NamedTuple):
+    """What a call's rules do to its scores. A node is None where there is nothing to do."""
+
+    seen: MaskFormula | None  # which keys are allowed; of a tile, certain: all are, and their scores are plain
+    plain: Node | None  # whether a key is allowed and its score not edited: it counts as the product left it
+    score: Node | None  # the new score
+    partial: bool  # whether scores are edited where they are not plain only, so that the scale waits
+
+
+def _formulas(problem: Problem, binder: Binder) -> Formulas:
+    """Return the formulas of a call's mask, with all that modifiers exclude, and of its modifiers."""
+    sizes, raw = problem.sizes, symbol("s", "float")
+    seen = None if problem.mask is None else problem.mask.formula(SYMBOLS, sizes, binder)
     score = None
     if problem.modifiers or problem.scale < LEAST_SCALE:  # larger ones alone are part of the exponential
         (scale,) = binder.bind((float(problem.scale),))
-        score = symbol("s", "float") * scale
+        score = raw * scale
     for modifier in problem.modifiers:
-        score = cast(modifier.formula(score, SYMBOLS, problem.sizes, binder), "float")
-        excluded = modifier.exclusion(SYMBOLS, problem.sizes, binder)
+        score = cast(modifier.formula(score, SYMBOLS, sizes, binder), "float")
+        excluded = modifier.exclusion(SYMBOLS, sizes, binder)
         if excluded is not None:
-            # Whether a whole tile is excluded is not asked: certainly allowed never, possibly allowed always.
-            kept = MaskFormula(~excluded, lift(False), lift(True))
-            mask = kept if mask is None else MaskFormula(*(a & b for a, b in zip(mask, kept, strict=True)))
-    return mask, score
+            seen = _both(seen, MaskFormula(~excluded, *known(interval(~excluded, binder))))
+    neutral = _neutral(problem, binder)
+    if score is None or neutral is None:
+        return Formulas(seen, None if seen is None else seen.allowed, score, False)
+    # The scale stays with the exponential: a score is edited as if it were scaled, then divided by the scale again.
+    allowed, certain, possible = seen or MaskFormula(lift(True), lift(True), lift(True))
+    seen = MaskFormula(allowed, certain & known(interval(neutral, binder))[0], possible)
+    return Formulas(seen, allowed & neutral, select(neutral, raw, score / scale), True)
 
 
-def _compile(
-    number: ir.Type, params: list, mask: MaskFormula | None, score: Node | None, runs, first_drop: int | None
-) -> dict[str, int]:
+def _both(a: MaskFormula | None, b: MaskFormula) -> MaskFormula:
+    return b if a is None else MaskFormula(*(x & y for x, y in zip(a, b, strict=True)))
+
+
+def _neutral(problem: Problem, binder: Binder) -> Node | None:
+    """Return where all modifiers leave a score as it is; None if that is not known or would not save anything."""
+    if not LEAST_SCALE <= problem.scale <= 1 / LEAST_SCALE:
+        return None
+    result = None
+    for modifier in problem.modifiers:
+        neutral = modifier.neutrality(SYMBOLS, problem.sizes, binder)
+        if neutral is None:
+            return None
+        result = neutral if result is None else result & neutral
+    return result
+
+
+def _compile(number: ir.Type, params: list, formulas: Formulas, runs, first_drop: int | None) -> dict[str, int]:
+    seen, plain, score, partial = formulas
     module = ir.Module("hooks")
-    if mask is not None:
-        emit_tile(module, "tile", number, params, *mask)
-        emit_edit(module, "edit", number, params, score, mask.allowed)
-    if score is not None:
+    if seen is not None:
+        emit_tile(module, "tile", number, params, seen.allowed, plain, seen.certain, seen.possible)
+        emit_edit(module, "edit", number, params, score, seen.allowed, seen.allowed & ~plain if partial else None)
+    if score is not None and not partial:
         emit_edit(module, "modify", number, params, score, None)
     if runs is not None:
         emit_runs(module, "runs", number, params, *runs)

@@ -9,6 +9,7 @@ import llvmlite.ir as ir
 import numpy as np
 from numba import types
 
+from attn_numba.cpu.functions import Functions
 from attn_numba.cpu.normalizers import each_vector
 from attn_numba.cpu.rows import compiled
 from attn_numba.cpu.tiles import (
@@ -25,7 +26,7 @@ from attn_numba.cpu.tiles import (
 from attn_numba.cpu.vectors import I64, Loop, Vectors
 
 
-def _entropy_row(v: Vectors, unit, row, columns):
+def _entropy_row(v: Functions, unit, row, columns):
     def body(at, weight):
         term = v.builder.fmul(weight, v.log(weight))
         return [v.builder.select(v.builder.fcmp_ordered("==", weight, v.constant(0.0)), v.constant(0.0), term)]

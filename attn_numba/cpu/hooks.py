@@ -18,6 +18,7 @@ import llvmlite.ir as ir
 import numpy as np
 from numba.core.compiler_lock import global_compiler_lock
 
+from attn_numba.cpu.functions import Functions
 from attn_numba.cpu.target import target, target_machine
 from attn_numba.cpu.vectors import CONTRACT, DOUBLE, FLOAT, I1, I8, I32, I64, Loop, Vectors
 from attn_numba.rules.formula import Array, Node
@@ -25,6 +26,7 @@ from attn_numba.rules.formula import Array, Node
 ELEMENTS = {"b1": I8, "i4": I32, "f4": FLOAT, "f8": DOUBLE}
 SUFFIX = {I8: "i8", I32: "i32", FLOAT: "f32", DOUBLE: "f64"}
 OPERATIONS = {"+": ("add", "fadd"), "-": ("sub", "fsub"), "*": ("mul", "fmul")}
+
 
 # --- parameters ---
 
@@ -89,7 +91,7 @@ def structure(params: list) -> tuple:
 # --- formulas as code ---
 
 
-class Emitter(Vectors):
+class Emitter(Functions):
     """Emits nodes for one vector of keys, or for one number where a node is the same for all keys.
 
     `symbols` maps names to values: `j`, `row_j` and `s` are vectors, the others numbers.
@@ -104,9 +106,6 @@ class Emitter(Vectors):
 
     def type_of(self, kind: str) -> ir.Type:
         return {"int": I32, "bool": I1, "float": self.number}[kind]
-
-    def is_wide(self, value: ir.Value) -> bool:
-        return isinstance(value.type, ir.VectorType)
 
     def vector_of(self, node: Node) -> ir.Value:
         value = self.value(node)
@@ -220,8 +219,10 @@ class Emitter(Vectors):
         if op == "neg":
             return builder.fneg(args[0])
         if op in ("abs", "sqrt"):
-            return self.intrinsic("llvm." + ("fabs" if op == "abs" else op), args[0])
+            return self.intrinsic("llvm.fabs" if op == "abs" else "llvm.sqrt", args[0])
         if op in ("min", "max"):  # NaN in either is NaN, as NumPy has it
+            if node.args[1].op == "const" and not math.isnan(node.args[1].data):
+                return (self.at_most if op == "min" else self.at_least)(args[0], node.args[1].data)
             ordered = builder.select(builder.fcmp_ordered("<" if op == "min" else ">", *args), *args)
             return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], ordered)
         if op in ("exp", "log", "tanh"):
@@ -372,11 +373,14 @@ def _key_symbols(hook: Hook, row_j, offset) -> dict:
     return {"row_j": row_j, "j": hook.builder.add(row_j, vectors.splat(offset))}
 
 
-def emit_edit(module, name, number, params, score: Node | None, allowed: Node | None) -> None:
+def emit_edit(
+    module, name, number, params, score: Node | None, allowed: Node | None, edited: Node | None = None
+) -> None:
     """Emit a hook that replaces scores in place by `score` where `allowed`, by minus infinity elsewhere.
 
     name(scores address, row length, b, h, i0, rows, j0, columns, parameter block). Rows are padded to whole vectors.
-    A `score` of None leaves scores as they are; an `allowed` of None allows all.
+    A `score` of None leaves scores as they are; an `allowed` of None allows all. Where `edited` says that `score` is
+    the score as it is, or not allowed, for a whole vector, it is not computed: neighboring rows mostly go the same way.
     """
     hook = Hook(module, name, 9, False, number, params)
     builder = hook.builder
@@ -394,7 +398,9 @@ def emit_edit(module, name, number, params, score: Node | None, allowed: Node | 
         emit = hook.emitter(symbols, masked, exact=False)
         at = builder.add(start, builder.mul(first, size))
         value = symbols["s"] = emit.load(at)
-        if score is not None:
+        if score is not None and edited is not None:
+            value = _where_any(hook, hook.emitter(symbols, masked).vector_of(edited), value, emit, score)
+        elif score is not None:
             value = emit.vector_of(score)
         if allowed is not None:
             keep = hook.emitter(symbols, masked).vector_of(allowed)
@@ -407,11 +413,29 @@ def emit_edit(module, name, number, params, score: Node | None, allowed: Node | 
     builder.ret_void()
 
 
-def emit_tile(module, name, number, params, allowed: Node, certain: Node, possible: Node) -> None:
+def _where_any(hook: Hook, edited, value, emit: Emitter, score: Node):
+    """Return the vector `score` if a lane is edited, else `value`."""
+    builder = hook.builder
+    some = builder.icmp_unsigned(
+        "!=", builder.bitcast(edited, ir.IntType(hook.lanes)), ir.Constant(ir.IntType(hook.lanes), 0)
+    )
+    before = builder.block
+    with builder.if_then(some):
+        new = emit.vector_of(score)
+        inside = builder.block
+    result = builder.phi(value.type)
+    result.add_incoming(value, before)
+    result.add_incoming(new, inside)
+    return result
+
+
+def emit_tile(module, name, number, params, allowed: Node, plain: Node, certain: Node, possible: Node) -> None:
     """Emit a hook that answers NONE 0, SOME 1 or ALL 2 for a tile.
 
-    name(b, h, i0, i1, j0, j1, parameter block). Where the bounds of the formula can say nothing (an array with an
-    element for each pair), the pairs themselves are looked at: that costs far less than computing their scores.
+    name(b, h, i0, i1, j0, j1, parameter block). Of a pair, `allowed` says whether it counts at all and `plain` whether
+    it counts without an edit of its score; of a tile, `certain` that all pairs are plain and `possible` that some are
+    allowed. Where these two can say nothing (an array with an element for each pair), the pairs themselves are looked
+    at: that costs far less than computing their scores.
     """
     hook = Hook(module, name, 7, True, number, params)
     builder = hook.builder
@@ -432,10 +456,10 @@ def emit_tile(module, name, number, params, allowed: Node, certain: Node, possib
         return
     with builder.if_then(builder.icmp_signed("!=", answer, ir.Constant(I64, 1))):
         builder.ret(answer)
-    _emit_look(hook, b, h, i0, i1, j0, j1, offsets, allowed)
+    _emit_look(hook, b, h, i0, i1, j0, j1, offsets, allowed, plain)
 
 
-def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None:
+def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node, plain: Node) -> None:
     """Emit the answer NONE, SOME or ALL from a look at each pair, given at the first row that decides for SOME."""
     builder, lanes = hook.builder, hook.lanes
     bits = ir.VectorType(I1, lanes)
@@ -447,11 +471,11 @@ def _emit_look(hook: Hook, b, h, i0, i1, j0, j1, offsets, allowed: Node) -> None
     def body(first, row_j, masked, values):
         any_of, all_of = values
         emit = hook.emitter({**fixed, **_key_symbols(hook, row_j, offsets[1])}, masked)
-        keep = emit.vector_of(allowed)
+        counts, as_it_is = emit.vector_of(allowed), emit.vector_of(plain)
         present = yes if masked is None else masked
         return [
-            builder.or_(any_of, builder.and_(keep, present)),
-            builder.and_(all_of, builder.or_(keep, builder.not_(present))),
+            builder.or_(any_of, builder.and_(counts, present)),
+            builder.and_(all_of, builder.or_(as_it_is, builder.not_(present))),
         ]
 
     any_of, all_of = hook.each_vector(j0, builder.sub(j1, j0), body, row.values)

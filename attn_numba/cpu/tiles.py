@@ -19,6 +19,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
+from attn_numba.cpu.functions import Functions
 from attn_numba.cpu.target import target
 from attn_numba.cpu.vectors import DOUBLE, FLOAT, HALF, I16, I32, I64, BFloat, Loop, Vectors
 
@@ -35,9 +36,9 @@ EXPONENT = {FLOAT: 0x7F800000, DOUBLE: 0x7FF0000000000000}  # all ones: not fini
 SAME, HALF_FLOAT, BRAIN_FLOAT = 0, 1, 2
 
 
-def _emitter(builder: ir.IRBuilder, unit: types.Type) -> Vectors:
+def _emitter(builder: ir.IRBuilder, unit: types.Type) -> Functions:
     number = DOUBLE if unit == types.float64 else FLOAT
-    return Vectors(builder, number, target().vector_bytes // (8 if number == DOUBLE else 4))
+    return Functions(builder, number, target().vector_bytes // (8 if number == DOUBLE else 4))
 
 
 def result_number(unit: types.Type) -> types.Type:

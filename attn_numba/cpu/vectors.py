@@ -6,8 +6,6 @@ remainder add in different orders at different lengths; comparisons and selectio
 
 from __future__ import annotations
 
-import math
-
 import llvmlite.ir as ir
 import numpy as np
 
@@ -31,15 +29,6 @@ EXP2_COEFFICIENTS = {
 # 2**f - 1 = c1 f + c2 f**2 on [-1/64, 1/64]: Taylor terms, c1 with three quarters of the cubic one at the ends; error
 # 5e-8.
 EXP2_NEAR_ZERO = (0.69314718055994531 + 0.75 * 0.05550410866482158 / 64**2, 0.24022650695910072)
-# ln 2 in two parts, the first with zeros at the end so that a small integer times it is exact (Cody and Waite 1980).
-LN2_PARTS = {FLOAT: (0.693359375, -2.12194440054690583e-4), DOUBLE: (0.6931471803691238, 1.9082149292705877e-10)}
-EXP_TERMS = {FLOAT: 7, DOUBLE: 13}  # Taylor terms of exp(r) - 1 on |r| <= ln 2 / 2: remainder 1e-8 (6e-18)
-EXP_RANGE = {FLOAT: (-110.0, 100.0), DOUBLE: (-760.0, 720.0)}
-TANH_LIMIT = {FLOAT: 10.0, DOUBLE: 22.0}  # tanh is 1 from here on
-# log m = 2 s + 2/3 s**3 + 2/5 s**5 + ... with s = (m - 1) / (m + 1): all but the first, highest power first; remainder
-# 1e-8 (4e-18).
-LOG_SERIES = {kind: tuple(2 / (2 * k + 3) for k in reversed(range(n))) for kind, n in ((FLOAT, 5), (DOUBLE, 11))}
-SQRT_HALF = {FLOAT: int(np.float32(0.5**0.5).view(np.int32)), DOUBLE: int(np.float64(0.5**0.5).view(np.int64))}
 _STEPS = np.arange(32, dtype=np.int32)
 # 2**(k / 32), less what k itself adds when it is shifted to the exponent's place with the rest
 EXP2_TABLE = tuple((np.exp2(_STEPS / 32).astype(np.float32).view(np.int32) - (_STEPS << 18)).view(np.float32).tolist())
@@ -200,65 +189,6 @@ class Vectors:
         linear, square = EXP2_NEAR_ZERO
         above = builder.fmul(self.fma(self.constant(square), fraction, self.constant(linear)), fraction)
         return self.fma(scaled, above, scaled)
-
-    def _reduced(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """X = n ln 2 + r: the integer n as a float, and exp(r) - 1 to full relative precision."""
-        n = self.intrinsic("llvm.rint", self.builder.fmul(x, self.like(x, 1 / math.log(2))))
-        high, low = LN2_PARTS[self.number]
-        r = self.fma(n, self.like(x, -low), self.fma(n, self.like(x, -high), x))
-        terms = tuple(1 / math.factorial(k) for k in range(EXP_TERMS[self.number], 0, -1))
-        return n, self.builder.fmul(self.polynomial(r, terms), r)
-
-    def _power_of_two(self, n: ir.Value) -> ir.Value:
-        """2**n for an integral float n within the range of normal numbers; a NaN gives any number."""
-        builder = self.builder
-        mantissa, bias = (52, 1023) if self.number == DOUBLE else (23, 127)
-        shifted = builder.fadd(n, self.like(n, 1.5 * 2.0**mantissa + bias))
-        kind = self.integers if isinstance(n.type, ir.VectorType) else self.integer
-        return builder.bitcast(builder.shl(builder.bitcast(shifted, kind), self.like_integer(n, mantissa)), n.type)
-
-    def exp(self, x: ir.Value) -> ir.Value:
-        low, high = EXP_RANGE[self.number]
-        n, small = self._reduced(self.at_most(self.at_least(x, low), high))
-        # 2**n may overflow where the whole does not: it is multiplied in two factors.
-        half = self.intrinsic("llvm.floor", self.builder.fmul(n, self.like(n, 0.5)))
-        value = self.builder.fmul(self.builder.fadd(small, self.like(x, 1.0)), self._power_of_two(half))
-        return self.builder.fmul(value, self._power_of_two(self.builder.fsub(n, half)))
-
-    def tanh(self, x: ir.Value) -> ir.Value:
-        """Tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the digits of a small x; then the sign of x."""
-        builder, limit = self.builder, TANH_LIMIT[self.number]
-        size = self.at_most(self.intrinsic("llvm.fabs", x), limit)
-        n, small = self._reduced(builder.fadd(size, size))
-        power = self._power_of_two(n)
-        e = self.fma(power, small, builder.fsub(power, self.like(x, 1.0)))
-        value = builder.fdiv(e, builder.fadd(e, self.like(x, 2.0)))
-        kind = self.integers if isinstance(x.type, ir.VectorType) else self.integer
-        sign = builder.and_(builder.bitcast(x, kind), self.like_integer(x, -(2 ** (8 * self.bytes - 1))))
-        return builder.bitcast(builder.or_(builder.bitcast(value, kind), sign), x.type)
-
-    def log(self, x: ir.Value) -> ir.Value:
-        """Return log x = e ln 2 + log m, with m from sqrt(1/2) to sqrt(2)."""
-        builder = self.builder
-        mantissa, least = (52, 2.0**-1022) if self.number == DOUBLE else (23, 2.0**-126)
-        kind = self.integers if isinstance(x.type, ir.VectorType) else self.integer
-        small = builder.fcmp_ordered("<", x, self.like(x, least))  # has too few digits to be taken apart
-        bits = builder.bitcast(builder.select(small, builder.fmul(x, self.like(x, 2.0**mantissa)), x), kind)
-        e = builder.sub(bits, self.like_integer(x, SQRT_HALF[self.number]))
-        e = builder.ashr(e, self.like_integer(x, mantissa))
-        m = builder.bitcast(builder.sub(bits, builder.shl(e, self.like_integer(x, mantissa))), x.type)
-        e = builder.fsub(builder.sitofp(e, x.type), builder.select(small, self.like(x, mantissa), self.like(x, 0.0)))
-        f = builder.fsub(m, self.like(x, 1.0))
-        s = builder.fdiv(f, builder.fadd(f, self.like(x, 2.0)))
-        z, half_square = builder.fmul(s, s), builder.fmul(builder.fmul(f, f), self.like(x, 0.5))
-        # f - (f**2 / 2 - s * (f**2 / 2 + ...)) is the series with a first term that has no rounding error.
-        rest = self.fma(z, self.polynomial(z, LOG_SERIES[self.number]), half_square)
-        high, low = LN2_PARTS[self.number]
-        value = builder.fsub(half_square, self.fma(s, rest, builder.fmul(e, self.like(x, low))))
-        value = self.fma(e, self.like(x, high), builder.fsub(f, value))
-        value = builder.select(builder.fcmp_ordered("<", x, self.like(x, math.inf)), value, x)  # infinity, NaN stay
-        value = builder.select(builder.fcmp_ordered("==", x, self.like(x, 0.0)), self.like(x, -math.inf), value)
-        return builder.select(builder.fcmp_ordered("<", x, self.like(x, 0.0)), self.like(x, math.nan), value)
 
     def rotate(self, x: ir.Value, by: ir.Value) -> ir.Value:
         """Move each lane up by `by` (int64, less than the lanes), the last ones to the front."""

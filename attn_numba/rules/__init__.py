@@ -4,6 +4,7 @@ A rule is used by the reference by broadcasting over arrays, and by the kernels 
 formula.
 """
 
+from attn_numba.rules.adaptive import AdaptiveSpan, adapt
 from attn_numba.rules.base import MaskFormula
 from attn_numba.rules.masks import (
     AllOf,
@@ -39,6 +40,7 @@ from attn_numba.rules.scores import Additive, Bilinear, Cosine, Dot, Score
 __all__ = [
     "SYMBOLS",
     "ALiBi",
+    "AdaptiveSpan",
     "Additive",
     "AllOf",
     "AnyOf",
@@ -72,6 +74,7 @@ __all__ = [
     "Softmax",
     "Sparsemax",
     "Temperature",
+    "adapt",
     "as_mask",
     "as_modifiers",
     "places_of",

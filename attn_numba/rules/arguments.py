@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from attn_numba.rules.data import AnyArray, as_array, whole_number
+from attn_numba.rules.modifiers import Modifier
 from attn_numba.rules.normalizers import Normalizer, Softmax
 from attn_numba.rules.places import Sizes
 from attn_numba.rules.scores import Dot, Score
@@ -193,15 +194,26 @@ def check_score(score: object) -> Score:
     return Dot() if score is None else instance(score, Score, "score", ANY_SCORE)
 
 
-def check_normalizer(normalizer: object) -> Normalizer:
-    """Return the normalizer; `Softmax` for None.
+def check_normalizer(normalizer: object, modifiers: Iterable[Modifier] = ()) -> Normalizer:
+    """Return the normalizer of a call with these modifiers; `Softmax` for None.
 
     Raises
     ------
     TypeError
         If it is something else.
+    ValueError
+        If one of the modifiers has a meaning for softmax only, and this is another.
     """
-    return Softmax() if normalizer is None else instance(normalizer, Normalizer, "normalizer", ANY_NORMALIZER)
+    if normalizer is None:
+        return Softmax()
+    result = instance(normalizer, Normalizer, "normalizer", ANY_NORMALIZER)
+    for modifier in modifiers:
+        if modifier.softmax_only and not isinstance(result, Softmax):
+            raise ValueError(
+                f"normalizer is {type(result).__name__}, but {type(modifier).__name__} multiplies weights by adding "
+                "logarithms to the scores; needed Softmax()"
+            )
+    return result
 
 
 def check_lse(return_lse: object, normalizer: Normalizer) -> None:

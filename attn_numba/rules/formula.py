@@ -355,7 +355,7 @@ class Binder:
     def __init__(self) -> None:
         self.params: list[Param] = []
         self._bound: dict[tuple[Any, ...], Array] = {}
-        self._tables: dict[int, tuple[Array, Array]] = {}
+        self._tables: dict[tuple[int, int | None], tuple[Array, Array]] = {}
         self._powers: Array | None = None
 
     def bind(self, params: tuple[Param, ...]) -> tuple[Any, ...]:
@@ -373,37 +373,50 @@ class Binder:
             self._bound[memory] = Array(len(self.params) - 1, param.dtype, param.ndim)
         return self._bound[memory]
 
-    def range_of(self, load: Node, first: Node, stop: Node) -> tuple[Node, Node] | None:
+    def range_of(self, load: Node, first: Node, stop: Node, levels: int | None = None) -> tuple[Node, Node] | None:
         """Return the least and the greatest of an array's elements whose last index goes from `first` to `stop - 1`.
 
-        The other indices are those of `load`. None if the array is too large to keep tables for.
+        The other indices are those of `load`. None if the array is too large to keep tables for. With so many `levels`,
+        a stretch of ``2**(levels - 1)`` and more has the bounds of the whole axis: tables of less memory and time.
         """
         array: Array = load.data
         data = self.params[array.n]
         assert isinstance(data, np.ndarray)
-        if 2 * _core(data).nbytes * data.shape[-1].bit_length() > TABLE_LIMIT:
+        if 2 * _core(data).nbytes * _level_count(data.shape[-1], levels) > TABLE_LIMIT:
             return None
-        if array.n not in self._tables:
-            minima, maxima = self.bind(range_tables(data))
-            self._tables[array.n] = minima, maxima
+        if (array.n, levels) not in self._tables:
+            minima, maxima = self.bind(range_tables(data, levels))
+            self._tables[array.n, levels] = minima, maxima
         if self._powers is None:
             (self._powers,) = self.bind((_POWERS,))
         level = Node("ilog2", (stop - first,), "int")
+        if levels is not None:
+            level = node("min", level, levels - 1)
         second = stop - self._powers[level]
-        low, high = ([table[(*load.args[:-1], level, at)] for at in (first, second)] for table in self._tables[array.n])
+        tables = self._tables[array.n, levels]
+        low, high = ([table[(*load.args[:-1], level, at)] for at in (first, second)] for table in tables)
         return _least(*low), _greatest(*high)
 
 
 _POWERS = 2 ** np.arange(31, dtype=np.int32)
 
 
-def range_tables(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _level_count(length: int, levels: int | None) -> int:
+    whole = max(length, 1).bit_length()
+    return whole if levels is None else min(whole, levels)
+
+
+def range_tables(
+    array: np.ndarray[Any, Any], levels: int | None = None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return sparse tables for the least and greatest element of any stretch of the last axis.
 
     Parameters
     ----------
     array : array (..., N)
         Numbers or truth values.
+    levels : int, optional
+        Levels to make at most; where there would be more, the last one holds the extremes of the whole axis.
 
     Returns
     -------
@@ -417,21 +430,20 @@ def range_tables(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.
     M. A. Bender and M. Farach-Colton (2000), "The LCA problem revisited", section 3.
     """
     length = array.shape[-1]
-    levels = max(length, 1).bit_length()
+    count = _level_count(length, levels)
     core = _core(array)
     tables = []
     for extreme in (np.minimum, np.maximum):
-        table = np.empty((*core.shape[:-1], levels, length), array.dtype)
+        table = np.empty((*core.shape[:-1], count, length), array.dtype)
         table[..., 0, :] = core
-        for level in range(1, levels):
+        for level in range(1, count):
             half = 2 ** (level - 1)
-            table[..., level, :] = table[..., level - 1, :]
-            extreme(
-                table[..., level - 1, : length - half],
-                table[..., level - 1, half:],
-                out=table[..., level, : length - half],
-            )
-        tables.append(np.broadcast_to(table, (*array.shape[:-1], levels, length)))
+            below, here = table[..., level - 1, :], table[..., level, :]
+            here[..., length - half :] = below[..., length - half :]
+            extreme(below[..., : length - half], below[..., half:], out=here[..., : length - half])
+        if count < _level_count(length, None):
+            table[..., -1, :] = extreme.reduce(core, axis=-1, keepdims=True)
+        tables.append(np.broadcast_to(table, (*array.shape[:-1], count, length)))
     return tables[0], tables[1]
 
 

