@@ -148,7 +148,7 @@ def _note(agreement: Agreement) -> str:
 
 
 def _warmup(arguments: argparse.Namespace) -> int:
-    for dtype, seconds in warmup(dtypes=tuple(arguments.dtypes)).items():
+    for dtype, seconds in warmup(tuple(arguments.dtypes), arguments.every).items():
         print(f"{dtype}: {seconds:.2f} s")
     return 0
 
@@ -252,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_ahead.add_argument(
         "dtypes", nargs="*", default=["float32"], help=f"of {', '.join(DTYPES)} (default: float32)"
     )
+    compile_ahead.add_argument("--every", action="store_true", help="all kernels, not just that of plain calls")
 
     for sub in (run, compare, bench):
         add_threads(sub)

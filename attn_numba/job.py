@@ -19,19 +19,28 @@ from attn_numba.rules import (
     ALiBi,
     Bias,
     Causal,
+    Cosine,
     Dense,
+    Dot,
+    DoubleSoftmax,
+    Entmax15,
     Mask,
     Modifier,
     Neighborhood,
+    Normalizer,
     Padding,
     PrefixLM,
     SameDocument,
     SlidingWindow,
     SoftCap,
     Softmax,
+    Sparsemax,
 )
 
-__all__ = ["Job", "Piece", "RuleSet"]
+__all__ = ["NORMALIZERS", "SCORES", "Job", "Piece", "RuleSet"]
+
+SCORES = {"dot": Dot, "cosine": Cosine}
+NORMALIZERS = {"softmax": Softmax, "sparsemax": Sparsemax, "entmax15": Entmax15, "double-softmax": DoubleSoftmax}
 
 ROWS = 1024
 """Query rows of a piece come in multiples of this many."""
@@ -77,6 +86,10 @@ class RuleSet:
         `Bias`: broadcasts to (B,H,M,N).
     alibi_slopes : numpy.ndarray, optional
         `ALiBi`: (H,).
+    score : str
+        One of `SCORES`.
+    normalizer : str
+        One of `NORMALIZERS`.
     sink : float, optional
         Of `Softmax`.
     scale : float, optional
@@ -97,6 +110,8 @@ class RuleSet:
     soft_cap: float | None = None
     bias: np.ndarray | None = None
     alibi_slopes: np.ndarray | None = None
+    score: str = "dot"
+    normalizer: str = "softmax"
     sink: float | None = None
     scale: float | None = None
     query_offset: Any = None
@@ -115,6 +130,11 @@ class RuleSet:
         Returns
         -------
         dict
+
+        Raises
+        ------
+        ValueError
+            If there is a sink and the normalizer is not a softmax.
         """
         sequences, key_heads, rows = piece or (slice(None), slice(None), slice(None))
         heads = key_heads if piece is None else _of_queries(key_heads, group)
@@ -122,7 +142,8 @@ class RuleSet:
         return {
             "mask": self._mask(sequences, heads, rows),
             "modifiers": self._modifiers(sequences, heads, rows),
-            "normalizer": None if self.sink is None else Softmax(sink=self.sink),
+            "score": SCORES[self.score](),
+            "normalizer": self._normalizer(),
             "scale": self.scale,
             "query_offset": offset if offset is None or piece is None else offset + rows.start,
             "key_offset": self.key_offset,
@@ -145,6 +166,13 @@ class RuleSet:
         if self.mask is not None:
             masks.append(Dense(_cut(self.mask, sequences, heads, rows, slice(None))))
         return reduce(and_, masks) if masks else None
+
+    def _normalizer(self) -> Normalizer:
+        if self.sink is None:
+            return NORMALIZERS[self.normalizer]()
+        if self.normalizer != "softmax":
+            raise ValueError(f"sink is {self.sink}, but the normalizer is {self.normalizer}; a sink needs softmax")
+        return Softmax(sink=self.sink)
 
     def _modifiers(self, sequences: slice, heads: slice, rows: slice) -> list[Modifier]:
         modifiers: list[Modifier] = []

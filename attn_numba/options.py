@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from attn_numba import files
-from attn_numba.job import RuleSet
+from attn_numba.job import NORMALIZERS, SCORES, RuleSet
 from attn_numba.parallel import threads
 
 __all__ = [
@@ -24,7 +24,10 @@ __all__ = [
     "threads_of",
 ]
 
-NO_MODIFIERS = {"alibi_slopes": None, "bias": None, "soft_cap": None, "sink": None, "scale": None}
+MASKS_ONLY = {
+    "alibi_slopes": None, "bias": None, "soft_cap": None, "score": "dot", "normalizer": "softmax", "sink": None,
+    "scale": None,
+}  # fmt: skip
 
 
 def add_inputs(parser: argparse.ArgumentParser, count: str, arrays: str = "qkv") -> None:
@@ -69,7 +72,7 @@ def add_names(parser: argparse.ArgumentParser, arrays: str) -> None:
 
 
 def add_rules(parser: argparse.ArgumentParser) -> None:
-    """Add all masks and modifiers, the sink and the scale.
+    """Add all masks and modifiers, scores and normalizers, the sink and the scale.
 
     Parameters
     ----------
@@ -80,10 +83,14 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--alibi-slopes", metavar="NUMBERS", help="one per query head: 0.5,0.25 or a file")
     group.add_argument("--bias", metavar="FILE", help="added to the scores; broadcasts to (B, H, M, N)")
     group.add_argument("--soft-cap", type=float, metavar="CAP", help="scores become CAP * tanh(score / CAP)")
+    group.add_argument("--score", choices=SCORES, default="dot", help="of a query and a key (default: dot)")
+    group.add_argument(
+        "--normalizer", choices=NORMALIZERS, default="softmax", help="scores to weights (default: softmax)"
+    )
     group.add_argument(
         "--sink", type=float, metavar="SCORE", help="a score that takes part in every sum and has no value"
     )
-    group.add_argument("--scale", type=float, help="of the scores (default: 1/sqrt(D))")
+    group.add_argument("--scale", type=float, help="of the scores (default: 1/sqrt(D); of cosines 1)")
 
 
 def add_masks(parser: argparse.ArgumentParser, description: str) -> argparse._ArgumentGroup:
@@ -101,7 +108,7 @@ def add_masks(parser: argparse.ArgumentParser, description: str) -> argparse._Ar
     argparse._ArgumentGroup
         The group they are in.
     """
-    parser.set_defaults(**NO_MODIFIERS)
+    parser.set_defaults(**MASKS_ONLY)
     group = parser.add_argument_group("rules", description)
     group.add_argument("--causal", action="store_true", help="keys up to the query's own position")
     group.add_argument("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys this near; -1: open")
@@ -158,6 +165,8 @@ def rules_of(arguments: argparse.Namespace) -> RuleSet:
         documents=_array(arguments.documents),
         mask=_array(arguments.mask),
         soft_cap=arguments.soft_cap,
+        score=arguments.score,
+        normalizer=arguments.normalizer,
         bias=_array(arguments.bias),
         alibi_slopes=_numbers(arguments.alibi_slopes, float),
         sink=arguments.sink,

@@ -19,8 +19,7 @@ import numpy as np
 
 import attn_numba as an
 from attn_numba.workloads import named_dtype
-from overhead import Row, process, run_parts
-from timing import interleave, ratio
+from timing import Row, interleave, process, ratio, run_parts
 
 TOP = 8  # keys
 
@@ -100,4 +99,5 @@ def memory(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    run_parts(__doc__, "mechanism", {part.__name__: part for part in (normalizers, additive, explanations, memory)})
+    parts = (normalizers, additive, explanations, memory)
+    run_parts(__doc__, "mechanism", {part.__name__: part for part in parts})

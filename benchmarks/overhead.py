@@ -12,24 +12,18 @@ processes), ``memory`` (a long sequence).
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import attn_numba as an
 from attn_numba.workloads import WORKLOADS, Workload, named_dtype
-from timing import RESULTS, bind, interleave, machine, markdown, ratio, save
-
-Row = tuple[str, float, str]  # what, figure, unit
+from timing import Row, interleave, process, ratio, run_parts
 
 
 def peak(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -154,17 +148,17 @@ FIRST_CALL = "import numpy as np, attn_numba as an; x = np.ones((1, 1, 8, 8), np
 
 def start(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the seconds a new process needs, by its own clock."""
-    _process(START.format(code=FIRST_CALL))  # fills the disk cache
+    process(START.format(code=FIRST_CALL))  # fills the disk cache
     codes = {"import numpy": "import numpy", "import attn_numba": "import attn_numba", "warm": FIRST_CALL}
     tried = {name: [] for name in codes}
     for _ in range(2 * arguments.turns + 1):
         for name, code in codes.items():
-            tried[name].append(float(_process(START.format(code=code))))
+            tried[name].append(float(process(START.format(code=code))))
     numpy, package, warm = (statistics.median(seconds) for seconds in tried.values())
     yield "import attn_numba over import numpy", package / numpy, "times"
     yield "import and first call, warm disk cache", warm, "seconds"
     with tempfile.TemporaryDirectory() as folder:
-        cold = float(_process(START.format(code=FIRST_CALL), {"NUMBA_CACHE_DIR": folder}))
+        cold = float(process(START.format(code=FIRST_CALL), {"NUMBA_CACHE_DIR": folder}))
     yield "import and first call, nothing compiled", cold, "seconds"
 
 
@@ -187,42 +181,9 @@ print((peak() - before - out.nbytes) / 2**20)
 def memory(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the peak memory of one long causal head beyond a small call, the inputs and the output."""
     threads = {"NUMBA_NUM_THREADS": str(arguments.threads)}
-    yield "65536 x 65536 x 64 causal: beyond inputs and output", float(_process(MEMORY, threads)), "MiB"
-
-
-def _process(code: str, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | (environment or {}), capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-PARTS = {part.__name__: part for part in (peak, masks, modifiers, spans, calls, start, memory)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.2, help="timed per turn and call")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default: benchmarks/results)")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"unknown part {unknown.pop()}; known are {', '.join(PARTS)}")
-    bind(arguments.threads)
-    rows: list[dict[str, Any]] = []
-    with an.threads(arguments.threads):
-        for name in arguments.parts or PARTS:
-            for what, figure, unit in PARTS[name](arguments):
-                rows.append({"part": name, "what": what, "figure": figure, "unit": unit})
-                print(f"{what}: {figure:.4g} {unit}", flush=True)
-    content = {"dtype": arguments.dtype, "machine": machine(arguments.threads), "rows": rows}
-    save(f"overhead-{arguments.dtype}-{arguments.threads}", content, arguments.folder)
-    print()
-    print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
+    yield "65536 x 65536 x 64 causal: beyond inputs and output", float(process(MEMORY, threads)), "MiB"
 
 
 if __name__ == "__main__":
-    main()
+    parts = (peak, masks, modifiers, spans, calls, start, memory)
+    run_parts(__doc__, "overhead", {part.__name__: part for part in parts})

@@ -34,7 +34,8 @@ def main() -> None:
 def report(folder: Path) -> str:
     """Return every table that the folder's files give, with the machine they come from."""
     ratios = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("ratios-*.json"))]
-    overheads = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("overhead-*.json"))]
+    files = (path for name in ("overhead", "mechanism") for path in sorted(folder.glob(f"{name}-*.json")))
+    overheads = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     if not ratios and not overheads:
         return "No results yet."
     parts = [describe((ratios + overheads)[0]["machine"])]

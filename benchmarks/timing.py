@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import attn_numba as an
+
+Row = tuple[str, float, str]  # what, figure, unit
 
 RESULTS = Path(__file__).parent / "results"
 PAUSE = 0.005  # seconds: idle threads of an OpenMP pool go on spinning for about a millisecond after a call
@@ -86,6 +92,39 @@ def save(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
     return path
+
+
+def process(code: str, environment: dict[str, str] | None = None) -> str:
+    """Run Python code in a process of its own and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | (environment or {}), capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def run_parts(doc: str, name: str, parts: dict[str, Callable[[argparse.Namespace], Iterator[Row]]]) -> None:
+    """Take the figures of the parts that the command line names, print them and write them to `name`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.2, help="timed per turn and call")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(parts):
+        parser.error(f"unknown part {unknown.pop()}; known are {', '.join(parts)}")
+    bind(arguments.threads)
+    rows: list[dict[str, Any]] = []
+    with an.threads(arguments.threads):
+        for part in arguments.parts or parts:
+            for what, figure, unit in parts[part](arguments):
+                rows.append({"part": part, "what": what, "figure": figure, "unit": unit})
+                print(f"{what}: {figure:.4g} {unit}", flush=True)
+    content = {"dtype": arguments.dtype, "machine": machine(arguments.threads), "rows": rows}
+    save(f"{name}-{arguments.dtype}-{arguments.threads}", content, arguments.folder)
+    print()
+    print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

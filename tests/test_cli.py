@@ -65,16 +65,28 @@ RULES = {
     "--bias bias.npy --soft-cap 2": {"modifiers": (an.Bias(BIAS), an.SoftCap(2.0))},
     "--alibi-slopes 0.5,0.25,0.125,0.0625": {"modifiers": an.ALiBi(2.0 ** -np.arange(1, 5))},
     "--sink 0.5": {"normalizer": an.Softmax(sink=0.5)},
+    "--normalizer sparsemax": {"normalizer": an.Sparsemax()},
+    "--normalizer entmax15 --causal": {"normalizer": an.Entmax15(), "mask": an.Causal()},
+    "--score cosine --normalizer double-softmax --scale 9": {
+        "score": an.Cosine(),
+        "normalizer": an.DoubleSoftmax(),
+        "scale": 9.0,
+    },
     "--scale -0.25": {"scale": -0.25},
     "--causal --query-offset 9 --key-offset 3": {"mask": an.Causal(), "query_offset": 9, "key_offset": 3},
 }
 
 
+def has_lse(words):
+    return isinstance(RULES[words].get("normalizer", an.Softmax()), an.Softmax)
+
+
 @pytest.mark.parametrize("words", RULES)
 def test_run_computes_what_attention_computes(folder, words):
-    assert cli.main(["run", "qkv.npz", "-o", "out.npz", "--lse", "--weights", *words.split()]) == 0
+    lse = has_lse(words)
+    assert cli.main(["run", "qkv.npz", "-o", "out.npz", *["--lse"] * lse, "--weights", *words.split()]) == 0
     found = files.read_arrays("out.npz")
-    expected = an.attention(Q, K, V, return_lse=True, return_weights=True, **RULES[words])
+    expected = an.attention(Q, K, V, return_lse=lse, return_weights=True, **RULES[words])
     for name, array in expected._asdict().items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
@@ -135,6 +147,8 @@ REFUSED = {
     "compare qkv.npz --soft-cap -1": "SoftCap",
     "bench nothing --small": "unknown workload nothing; known are minilm",
     "warmup float8": "float8",
+    "run qkv.npz -o out.npy --normalizer sparsemax --sink 0": "a sink needs softmax",
+    "run qkv.npz -o out.npz --normalizer entmax15 --lse": "Entmax15 has no lse",
 }
 
 
@@ -184,8 +198,8 @@ def test_pieces_have_the_bits_of_the_whole(folder, monkeypatch, words):
     pieces = call.pieces(pairs=2 * 20 * 36)
     assert len(pieces) == 2 * 2 * 3
     done: list[int] = []
-    found = call.run(an.attention, pieces, done.append, lse=True, weights=True)
-    for name, array in call.run(an.attention, lse=True, weights=True).items():
+    found = call.run(an.attention, pieces, done.append, lse=has_lse(words), weights=True)
+    for name, array in call.run(an.attention, lse=has_lse(words), weights=True).items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
     assert sum(done) == call.pairs
     assert len(done) == len(pieces)
