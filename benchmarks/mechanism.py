@@ -82,19 +82,28 @@ import attn_numba as an
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kilobytes
 
-q, k = (np.random.default_rng(n).standard_normal((1, 8, 16384, 64), dtype=np.float32) for n in range(2))
-{call}(q[:, :, :512], k[:, :, :512]{more})
+q, k, v = (np.random.default_rng(n).standard_normal((1, 8, 16384, 64), dtype=np.float32) for n in range(3))
+call = lambda q, k, v: {call}
+call(*(x[:, :, :512] for x in (q, k, v)))
 before = peak()
-{call}(q, k{more})
+result = call(q, k, v)
 print((peak() - before) / 2**20)
 """
 
 
 def memory(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Yield the peak memory of each explanation of (1, 8, 16384, 64) beyond a small call and the inputs."""
+    """Yield the peak memory of calls of (1, 8, 16384, 64) beyond a small one and the inputs, results included."""
     threads = {"NUMBA_NUM_THREADS": str(arguments.threads)}
-    for name, more in (("entropy", ""), ("top_keys", f", {TOP}"), ("column_sums", "")):
-        found = process(MEMORY.format(call=f"an.{name}", more=more), threads)
+    calls = {
+        "entropy": "an.entropy(q, k)",
+        "top_keys": f"an.top_keys(q, k, {TOP})",
+        "column_sums": "an.column_sums(q, k)",
+        "Sparsemax": "an.attention(q, k, v, normalizer=an.Sparsemax())",
+        "Entmax15": "an.attention(q, k, v, normalizer=an.Entmax15())",
+        "DoubleSoftmax": "an.attention(q, k, v, normalizer=an.DoubleSoftmax())",
+    }
+    for name, call in calls.items():
+        found = process(MEMORY.format(call=call), threads)
         yield f"{name} of (1, 8, 16384, 64): beyond the inputs", float(found), "MiB"
 
 

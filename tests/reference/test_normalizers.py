@@ -17,13 +17,22 @@ from attn_numba.rules import (
     ReplaceExcluded,
     Softmax,
     Sparsemax,
+    as_modifiers,
     places_of,
 )
 from cases import BY_NAME, CASES
 
 KINDS = [Sparsemax, Entmax15, DoubleSoftmax]
 SPARSE = [Sparsemax, Entmax15]
-SMALL = [case for case in CASES if not case.spoiled and case.sizes.M * case.sizes.N <= 2e4]
+
+
+def takes_any_normalizer(case):
+    return not any(modifier.softmax_only for modifier in as_modifiers(case.kwargs().get("modifiers")))
+
+
+SMALL = [
+    case for case in CASES if not case.spoiled and case.sizes.M * case.sizes.N <= 2e4 and takes_any_normalizer(case)
+]
 
 
 def weights_of(scores, normalizer, **kwargs):
