@@ -176,6 +176,17 @@ def double_softmax_of(s, allowed):
     return w
 
 
+def test_double_softmax_of_torch(backend):
+    torch = pytest.importorskip("torch")
+    q, k, v = (
+        torch.randn(2, 3, n, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 7, 7)
+    )
+    once = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, dim=-1)
+    expected = torch.softmax(once, dim=-1) @ v
+    found = an.attention(q.numpy(), k.numpy(), v.numpy(), normalizer=DoubleSoftmax(), backend=backend)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-12, atol=1e-14)
+
+
 FAR = {"ReplaceExcluded, large", "old fill, divided by the size"}  # scores that are allowed, but out of exp's reach
 
 

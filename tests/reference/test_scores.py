@@ -141,6 +141,21 @@ def test_torch(name):
     np.testing.assert_allclose(scores_of(q, k, score=additive), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_keras_additive_attention(backend):
+    """The layer as its documentation has it: "scores = reduce_sum(scale * tanh(query + key), axis=-1)", then softmax.
+
+    Keras (2024), "AdditiveAttention layer", API documentation, keras.io.
+    """
+    rng = np.random.default_rng(0)
+    query, value, key = (rng.standard_normal((2, n, 6)) for n in (5, 9, 9))
+    weight = rng.standard_normal(6)
+    scores = np.sum(weight * np.tanh(query[:, :, None] + key[:, None]), axis=-1)
+    distribution = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    score = Additive(np.eye(6), np.eye(6), weight)
+    found = an.attention(query[:, None], key[:, None], value[:, None], score=score, backend=backend)[:, 0]
+    np.testing.assert_allclose(found, distribution @ value, rtol=1e-12, atol=1e-14)
+
+
 # --- laws ---
 
 
