@@ -84,7 +84,7 @@ def average(array: Any, cells: int = CELLS) -> Averages:
         raise ValueError(f"average: array has shape {numbers.shape}; needed (..., M, N)")
     M, N = numbers.shape[-2:]
     cell = _cell(M, N, cells)
-    return Averages(_means(numbers, cell), (M, N), cell)
+    return Averages(means(numbers, cell), (M, N), cell)
 
 
 def average_weights(q: Any, k: Any, *, cells: int = CELLS, **rules: Any) -> Averages:
@@ -131,7 +131,7 @@ def average_weights(q: Any, k: Any, *, cells: int = CELLS, **rules: Any) -> Aver
     heads = int(np.prod(q.shape[:-2]))
     # the reference is dense and computes all rows, whichever are asked for: it is asked once
     row_blocks = [slice(0, M)] if rules.get("backend") == "reference" else _row_blocks(M, heads * N, cell[0])
-    blocks = [_means(weights_of(q, k, rows=rows, **rules), cell) for rows in row_blocks]
+    blocks = [means(weights_of(q, k, rows=rows, **rules), cell) for rows in row_blocks]
     return Averages(np.concatenate(blocks, axis=-2), (M, N), cell)
 
 
@@ -182,7 +182,7 @@ def average_mask(
         allowed = np.ones((1, 1, 1, 1), bool) if rule is None else rule.evaluate(part, sizes)
         allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)
         whole = (*allowed.shape[:2], part.row_i.shape[2], sizes.N)
-        blocks.append(_means(np.broadcast_to(allowed, whole), cell))
+        blocks.append(means(np.broadcast_to(allowed, whole), cell))
     return Averages(np.concatenate(blocks, axis=-2), (sizes.M, sizes.N), cell)
 
 
@@ -251,8 +251,8 @@ def _row_blocks(M: int, row_size: int, cell_rows: int) -> Iterator[slice]:
     return (slice(start, min(M, start + step)) for start in range(0, max(1, M), step))
 
 
-def _means(array: AnyArray, cell: tuple[int, int]) -> AnyArray:
-    """Return the means over cells of the last two axes."""
+def means(array: AnyArray, cell: tuple[int, int]) -> AnyArray:
+    """Return the means over cells of the last two axes; of truth values, the part of a cell that is True."""
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float32)
     for axis, size in zip((-1, -2), cell[::-1], strict=True):

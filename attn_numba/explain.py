@@ -167,7 +167,7 @@ def entropy(
         return ranked(reference.entropy(call.q, call.k, **_rules(call)), call.rank - 1)
     s = call.sizes
     found = np.zeros((s.B, s.H, s.M), call.accumulator)
-    _explain_on_cpu(call, range(s.M), entropy=found)
+    _explain_on_cpu(_prepared(call), range(s.M), entropy=found)
     return ranked(found, call.rank - 1)
 
 
@@ -250,7 +250,7 @@ def top_keys(
     else:
         shape = (s.B, s.H, s.M, number)
         indices, weights = np.zeros(shape, np.int64), np.zeros(shape, call.accumulator)
-        _explain_on_cpu(call, range(s.M if number else 0), top=(indices, weights))
+        _explain_on_cpu(_prepared(call), range(s.M if number else 0), top=(indices, weights))
     return TopKeys(ranked(indices, call.rank), ranked(weights, call.rank))
 
 
@@ -324,7 +324,7 @@ def column_sums(
         return ranked(reference.column_sums(call.q, call.k, **_rules(call)), call.rank - 1)
     s = call.sizes
     found = np.zeros((s.B, s.H, s.N), call.accumulator)
-    _explain_on_cpu(call, range(s.M), sums=found)
+    _explain_on_cpu(_prepared(call), range(s.M), sums=found)
     return ranked(found, call.rank - 1)
 
 
@@ -410,16 +410,19 @@ def _rules(call: Problem) -> dict[str, Any]:
 # --- the CPU ---
 
 
+def _prepared(call: Problem) -> Problem:
+    return cpu_engine().prepared(call)
+
+
 def _explain_on_cpu(call: Problem, rows: range, **results: Any) -> None:
-    """Fill arrays of zeros with what is asked for of these rows, which are one after the other."""
-    engine = cpu_engine()
+    """Fill arrays of zeros with what is asked for of these rows of a prepared call, which are one after the other."""
     if call.sizes.B and call.sizes.N and rows:
-        engine.explain(call, rows, **results)
+        cpu_engine().explain(call, rows, **results)
 
 
 def _weights_on_cpu(call: Problem, rows: range) -> AnyArray:
     """Return the weights of these rows, without those in between."""
-    s = call.sizes
+    s, call = call.sizes, _prepared(call)
     weights = np.zeros((s.B, s.H, len(rows), s.N), call.accumulator)
     if rows.step == 1:
         _explain_on_cpu(call, rows, weights=weights)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_numba.averages import Averages, average
+from attn_numba.averages import Averages, average, means
 from attn_numba.rules.data import AnyArray, as_array, real_number
 
 __all__ = ["arrangement", "check_labels", "distinct_places", "excluded_cells", "largest", "panels_of", "pixels_of"]
@@ -93,7 +93,7 @@ def excluded_cells(mask: Any, panels: Averages) -> AnyArray | None:
             array = np.broadcast_to(array, whole)
         except ValueError:
             raise ValueError(f"mask has shape {array.shape}; needed one that broadcasts to {whole}") from None
-        mask = Averages(_any_allowed(array, panels.cell), panels.shape, panels.cell)
+        mask = Averages(means(array, panels.cell), panels.shape, panels.cell)
     if mask[1:] != panels[1:]:
         raise ValueError(
             f"mask is averaged over {mask.cell} of {mask.shape}; weights over {panels.cell} of {panels.shape}"
@@ -102,12 +102,6 @@ def excluded_cells(mask: Any, panels: Averages) -> AnyArray | None:
         return np.broadcast_to(mask.values == 0, shape)
     except ValueError:
         raise ValueError(f"mask has averages {mask.values.shape}; weights have {shape}") from None
-
-
-def _any_allowed(allowed: AnyArray, cell: tuple[int, int]) -> AnyArray:
-    for axis, size in zip((-1, -2), cell[::-1], strict=True):
-        allowed = np.logical_or.reduceat(allowed, np.arange(0, allowed.shape[axis], size), axis)
-    return allowed
 
 
 def check_labels(name: str, labels: Sequence[str], count: int, what: str) -> list[str]:

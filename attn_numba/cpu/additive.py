@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from attn_numba.cpu.functions import Functions
-from attn_numba.cpu.rows import compiled
+from attn_numba.cpu.rows import clear, compiled
 from attn_numba.cpu.tiles import DEPTH_CHAIN, Operands, define, load_int32, vector_length, word_bytes
 from attn_numba.cpu.vectors import Loop
 
 ROWS = 4  # rows of a tile: enough independent chains of operations to fill the time that each of them takes
 
 
-def _additive_tile(rows: int, onward: bool):
-    """tile(unit, a, a_row, b, b_row, c, c_row, w, units): C[r, :] = sum over u of w[u] * tanh(A[r, u] + B[u, :]).
+def _additive_tile(rows: int):
+    """tile(unit, a, a_row, b, b_row, c, c_row, w, units): C[r, :] += sum over u of w[u] * tanh(A[r, u] + B[u, :]).
 
-    One vector of columns. Row lengths in words. `onward`: the sum is added to what C holds. Each element of C has one
-    writer, and its bits do not depend on the rows and columns beside it.
+    One vector of columns. Row lengths in words. What is added is one chain of sums, begun at zero. Each element of C
+    has one writer, and its bits do not depend on the rows and columns beside it.
     """
 
     def emit(v: Functions, unit, a, a_row, b, b_row, c, c_row, w, units):
@@ -29,13 +29,12 @@ def _additive_tile(rows: int, onward: bool):
             left = v.splat(v.load(row, offset, v.number))
             new.append(v.fma(weight, v.tanh(builder.fadd(left, right)), old))
         sums = loop.close(new)
-        tile.store([builder.fadd(x, old) for x, old in zip(sums, tile.load(), strict=True)] if onward else sums)
+        tile.store([builder.fadd(old, x) for old, x in zip(tile.load(), sums, strict=True)])
 
     return define(8, emit)
 
 
-_first_tile, _next_tile = (_additive_tile(ROWS, onward) for onward in (False, True))
-_first_row, _next_row = (_additive_tile(1, onward) for onward in (False, True))
+_add_tile, _add_row = (_additive_tile(rows) for rows in (ROWS, 1))
 
 
 @compiled
@@ -48,19 +47,17 @@ def additive_scores(call, keys, strip, queries, weights, runs, count, rows, unit
     units, keys_row, length = call.depth, call.keys_row, call.strip_row
     tiled = rows // ROWS * ROWS
     for run in range(count):
-        for column in range(load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4), lanes):
+        first, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+        for r in range(rows):
+            clear(strip + (r * length + first) * word, end - first, unit)
+        for column in range(first, end, lanes):
             for u in range(0, units, DEPTH_CHAIN):
                 chain = min(DEPTH_CHAIN, units - u)
                 b, w = keys + (u * keys_row + column) * word, weights + u * word
+                a, c = queries + u * word, strip + column * word
                 for r in range(0, tiled, ROWS):
-                    a, c = queries + (r * units + u) * word, strip + (r * length + column) * word
-                    if u == 0:
-                        _first_tile(unit, a, units, b, keys_row, c, length, w, chain)
-                    else:
-                        _next_tile(unit, a, units, b, keys_row, c, length, w, chain)
+                    left, to = a + r * units * word, c + r * length * word
+                    _add_tile(unit, left, units, b, keys_row, to, length, w, chain)
                 for r in range(tiled, rows):
-                    a, c = queries + (r * units + u) * word, strip + (r * length + column) * word
-                    if u == 0:
-                        _first_row(unit, a, units, b, keys_row, c, length, w, chain)
-                    else:
-                        _next_row(unit, a, units, b, keys_row, c, length, w, chain)
+                    left, to = a + r * units * word, c + r * length * word
+                    _add_row(unit, left, units, b, keys_row, to, length, w, chain)

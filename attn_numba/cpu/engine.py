@@ -34,7 +34,7 @@ def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights
 
     Every element of the results is written by one worker.
     """
-    inner = mapped(_widened(problem))
+    inner = prepared(problem)
     result = out if inner.dtype == problem.dtype else np.empty(out.shape, inner.q.dtype)
     if isinstance(inner.score, Dot) and isinstance(inner.normalizer, Softmax):
         _stream(inner, result, lse, weights)
@@ -57,7 +57,7 @@ def explain(
     Parameters
     ----------
     problem : Problem
-        The call.
+        The call, as `prepared` returns it: what asks for rows one block after the other prepares it once.
     rows : range
         Rows of q, side by side.
     weights : array (B, H, rows, N), optional
@@ -69,7 +69,12 @@ def explain(
     sums : array (B, H, N), optional
         Of each key's weights over the rows.
     """
-    _look_at_rows(mapped(_widened(problem)), rows, weights=weights, entropy=entropy, top=top, sums=sums)
+    _look_at_rows(problem, rows, weights=weights, entropy=entropy, top=top, sums=sums)
+
+
+def prepared(problem: Problem) -> Problem:
+    """Return the same call as kernels take it: q and k mapped by its score, in a dtype that the processor can read."""
+    return mapped(_widened(problem))
 
 
 def prepare(dtype: str, every: bool = False) -> None:
