@@ -17,9 +17,9 @@ from attn_numba.cpu.hooks import compile_hooks, emit_edit, emit_runs, emit_tile,
 from attn_numba.cpu.tiles import DEPTH_CHAIN
 from attn_numba.cpu.vectors import DOUBLE, FLOAT
 from attn_numba.problem import Problem, is_light
-from attn_numba.rules import SYMBOLS, MaskFormula
-from attn_numba.rules.formula import Binder, Node, cast, lift, select, symbol
-from attn_numba.rules.interval import interval, known
+from attn_numba.rules import SYMBOLS
+from attn_numba.rules.chain import LEAST_SCALE, Formulas, formulas_of
+from attn_numba.rules.formula import Binder, Node, lift, symbol
 
 KEPT = 64  # bound rules kept for calls that repeat; each holds the arrays of its rules
 
@@ -65,7 +65,6 @@ def bind(problem: Problem) -> Bound:
 
 
 MOST_RUNS = 512
-LEAST_SCALE = 2.0**-60  # for smaller ones the exponential's bound on differences of scores would not be finite
 _NO_HOOKS = (0,) * len(HOOKS)
 
 
@@ -73,7 +72,7 @@ def _bind(problem: Problem) -> Bound:
     sizes, binder = problem.sizes, Binder()
     offsets = (problem.query_offset, problem.key_offset)  # not bound, for binding one array twice binds it once
     binder.params += [np.broadcast_to(np.asarray(x, np.int32), (sizes.B,)) for x in offsets]
-    formulas = _formulas(problem, binder)
+    formulas = formulas_of(problem.mask, problem.modifiers, problem.scale, sizes, binder)
     runs = _runs(problem, binder)
     drops = problem.dropout is not None and problem.dropout.rate > 0
     first_drop = len(binder.params)
@@ -106,54 +105,6 @@ def _runs(problem: Problem, binder: Binder) -> tuple[Node, Node] | None:
     p = binder.bind(mask.arguments(problem.sizes))
     first, end = mask.run(SYMBOLS.b, SYMBOLS.h, SYMBOLS.i if mask.positional else SYMBOLS.row_i, symbol("n"), p)
     return lift(first), lift(end)
-
-
-class Formulas(NamedTuple):
-    """What a call's rules do to its scores. A node is None where there is nothing to do."""
-
-    seen: MaskFormula | None  # which keys are allowed; of a tile, certain: all are, and their scores are plain
-    plain: Node | None  # whether a key is allowed and its score not edited: it counts as the product left it
-    score: Node | None  # the new score
-    partial: bool  # whether scores are edited where they are not plain only, so that the scale waits
-
-
-def _formulas(problem: Problem, binder: Binder) -> Formulas:
-    """Return the formulas of a call's mask, with all that modifiers exclude, and of its modifiers."""
-    sizes, raw = problem.sizes, symbol("s", "float")
-    seen = None if problem.mask is None else problem.mask.formula(SYMBOLS, sizes, binder)
-    score = None
-    if problem.modifiers or problem.scale < LEAST_SCALE:  # larger ones alone are part of the exponential
-        (scale,) = binder.bind((float(problem.scale),))
-        score = raw * scale
-    for modifier in problem.modifiers:
-        score = cast(modifier.formula(score, SYMBOLS, sizes, binder), "float")
-        excluded = modifier.exclusion(SYMBOLS, sizes, binder)
-        if excluded is not None:
-            seen = _both(seen, MaskFormula(~excluded, *known(interval(~excluded, binder))))
-    neutral = _neutral(problem, binder)
-    if score is None or neutral is None:
-        return Formulas(seen, None if seen is None else seen.allowed, score, False)
-    # The scale stays with the exponential: a score is edited as if it were scaled, then divided by the scale again.
-    allowed, certain, possible = seen or MaskFormula(lift(True), lift(True), lift(True))
-    seen = MaskFormula(allowed, certain & known(interval(neutral, binder))[0], possible)
-    return Formulas(seen, allowed & neutral, select(neutral, raw, score / scale), True)
-
-
-def _both(a: MaskFormula | None, b: MaskFormula) -> MaskFormula:
-    return b if a is None else MaskFormula(*(x & y for x, y in zip(a, b, strict=True)))
-
-
-def _neutral(problem: Problem, binder: Binder) -> Node | None:
-    """Return where all modifiers leave a score as it is; None if that is not known or would not save anything."""
-    if not LEAST_SCALE <= problem.scale <= 1 / LEAST_SCALE:
-        return None
-    result = None
-    for modifier in problem.modifiers:
-        neutral = modifier.neutrality(SYMBOLS, problem.sizes, binder)
-        if neutral is None:
-            return None
-        result = neutral if result is None else result & neutral
-    return result
 
 
 def _compile(number: ir.Type, params: list, formulas: Formulas, runs, first_drop: int | None) -> dict[str, int]:
