@@ -24,7 +24,7 @@ from attn_numba.rules.results import result_of
 __all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
-NO_CUDA = "the CUDA kernels are not part of this version"
+NO_CUDA = "what is asked for has no CUDA version"
 
 
 def attention(
@@ -72,19 +72,23 @@ def attention(
     dropout : Dropout, optional
         Zeroes weights at random, after the normalizer.
     backend : {"auto", "reference", "cpu", "cuda"}
-        Who computes; "auto" is the CPU for arrays in host memory. A named backend runs or raises.
-    stream : optional
-        For device arrays only.
+        Who computes; "auto" is the CPU for arrays in host memory and CUDA for arrays on a GPU. A named backend runs or
+        raises; "cuda" brings host arrays to the GPU and their results back.
+    stream : int, or a stream of torch, CuPy, Numba or cuda.core, optional
+        On which a call of arrays on a GPU is computed, asynchronously: a handle, or an object with ``__cuda_stream__``,
+        ``cuda_stream`` or ``ptr``. Without it, q's own one: the current stream of torch or CuPy, the one that
+        ``__cuda_array_interface__`` names, or else the default stream.
     out : array (B, H, M, E), optional
-        Where to write the result; must not overlap an input.
+        Where to write the result; in the memory that q is in, and must not overlap an input.
     return_lse, return_weights : bool
         What to return beside the output.
 
     Returns
     -------
     out : array (B, H, M, E)
-        In the dtype and rank of `q`. With `return_lse` or `return_weights`, a named tuple of (out, lse, weights), only
-        those asked for:
+        In the dtype and rank of `q`; for arrays on a GPU of q's kind, as are `lse` and `weights`: of torch, CuPy or
+        Numba, and else an object with ``__cuda_array_interface__`` and DLPack. With `return_lse` or `return_weights`,
+        a named tuple of (out, lse, weights), only those asked for:
     lse : array (B, H, M)
         ``log sum_j exp(s_ij)`` over the allowed keys and the sink, natural; float64 for float64, else float32. Of
         `Softmax` only.
@@ -99,7 +103,11 @@ def attention(
         For shapes and values that do not fit; where a rule uses positions, ``M != N`` and `query_offset` is None; and
         where `return_lse` is asked of another normalizer than `Softmax`.
     NotImplementedError
-        For what the backend does not offer.
+        For what the backend does not offer, and for a backend that cannot run here, with the reason.
+    MemoryError
+        If the GPU has no room for the results.
+    RuntimeError
+        If the CUDA driver fails, or a CUDA kernel can neither be found nor compiled.
 
     Notes
     -----
@@ -120,7 +128,14 @@ def attention(
     >>> an.attention(q, k, v, mask=an.Causal()).ravel()
     array([1. , 1.5, 3. ])
     """
-    name = choose_backend(backend, q, k, v)
+    name = choose_backend(backend, q, k, v, cuda=True)
+    if name == "cuda":
+        found = cuda_engine().attention(
+            q, k, v, stream=stream, out=out, return_lse=return_lse, return_weights=return_weights, mask=mask,
+            modifiers=modifiers, score=score, normalizer=normalizer, scale=scale, query_offset=query_offset,
+            key_offset=key_offset, dropout=dropout,
+        )  # fmt: skip
+        return result_of(*found) if return_lse or return_weights else found[0]
     if stream is not None:
         raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
     call = problems.check(
@@ -146,8 +161,8 @@ def ranked(array: Any, rank: int) -> Any:
     return array.reshape(array.shape[array.ndim - rank :]) if array.ndim > rank else array
 
 
-def choose_backend(backend: str, *arrays: Any) -> str:
-    """Return who computes: "reference" or "cpu"."""
+def choose_backend(backend: str, *arrays: Any, cuda: bool = False) -> str:
+    """Return who computes: "reference" or "cpu", or "cuda" for what has a version there (`cuda`)."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; needed one of {', '.join(map(repr, BACKENDS))}")
     on_device = [problems.is_device_array(x) for x in arrays]
@@ -156,13 +171,46 @@ def choose_backend(backend: str, *arrays: Any) -> str:
         where = ", ".join(f"{n} on a {'GPU' if d else 'host'}" for n, d in zip(names, on_device, strict=True))
         all_of_them = "both" if len(names) == 2 else "all three"
         raise TypeError(f"{', '.join(names)} are in different places: {where}; needed one place for {all_of_them}")
+    if any(on_device) and backend in ("cpu", "reference"):
+        raise TypeError(f"backend is {backend!r}, and the arrays are on a GPU; needed 'cuda', 'auto' or host arrays")
     if any(on_device) or backend == "cuda":
-        raise NotImplementedError(
-            f"backend 'cuda' cannot run: {NO_CUDA}; arrays in host memory run on 'cpu' and 'reference'"
-        )
+        if not cuda:
+            raise _no_cuda(NO_CUDA)
+        return "cuda"
     if backend == "auto":
         return "cpu"
     return backend
+
+
+def _no_cuda(reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"backend 'cuda' cannot run: {reason}; arrays in host memory run on 'cpu' and 'reference'"
+    )
+
+
+@functools.cache
+def cuda_engine() -> Any:
+    """Return the module that runs calls on a GPU.
+
+    Raises
+    ------
+    NotImplementedError
+        If CUDA cannot run here, with the reason.
+    """
+    available, reason = _cuda_availability()
+    if not available:
+        raise _no_cuda(reason)
+    from attn_numba.gpu import engine
+
+    return engine
+
+
+def _cuda_availability() -> tuple[bool, str]:
+    if importlib.util.find_spec("numba") is None:
+        return False, "numba is not installed"
+    from attn_numba.gpu.availability import availability
+
+    return availability()
 
 
 def _on_cpu(call: Problem, out: Any, return_lse: bool, return_weights: bool) -> tuple[Any, Any, Any]:
@@ -316,7 +364,7 @@ def backends() -> dict[str, tuple[bool, str]]:
         from attn_numba.cpu.target import target
 
         found["cpu"] = (True, f"{target().name}, {target().vectors}")
-    found["cuda"] = (False, NO_CUDA)
+    found["cuda"] = _cuda_availability()
     return found
 
 
@@ -326,13 +374,14 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
     Returns
     -------
     dict of str to dict of str to (value, str)
-        Sections "versions", "processor", "threads", "cache", "backends".
+        Sections "versions", "processor", "threads", "cache", "backends" and "gpu": the card, what compiles for it, and
+        for each dtype the kernel that serves plain calls of it and why not those that are asked before.
 
     Examples
     --------
     >>> import attn_numba as an
     >>> sorted(an.config_report())
-    ['backends', 'cache', 'processor', 'threads', 'versions']
+    ['backends', 'cache', 'gpu', 'processor', 'threads', 'versions']
     """
     report: dict[str, dict[str, tuple[Any, str]]] = {"versions": _versions(), "threads": {"count": thread_count()}}
     available = backends()
@@ -353,6 +402,11 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
             "float16 conversion": (found.half, "what the compiler emits for it"),
         }
         report["cache"]["folder"] = cache_folder()
+    report["gpu"] = {}
+    if available["cuda"][0]:
+        from attn_numba.gpu.report import gpu_report
+
+        report["gpu"] = gpu_report()
     return report
 
 
@@ -363,7 +417,7 @@ def _versions() -> dict[str, tuple[Any, str]]:
         "attn_numba": (attn_numba.__version__, os.path.dirname(attn_numba.__file__)),
         "python": (platform.python_version(), sys.executable),
     }
-    for name in ("numpy", "numba", "llvmlite", "scipy"):
+    for name in ("numpy", "numba", "llvmlite", "scipy", "numba-cuda", "cuda-core"):
         try:
             found[name] = (importlib.metadata.version(name), "installed package")
         except importlib.metadata.PackageNotFoundError:

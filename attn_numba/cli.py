@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone: nothing more may be written, not even by the interpreter as it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, TypeError, NotImplementedError, ImportError, MemoryError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
         if arguments.traceback:
             raise
         print(f"attn-numba: error: {_one_line(error)}", file=sys.stderr)
@@ -148,6 +148,17 @@ def _note(agreement: Agreement) -> str:
 
 
 def _warmup(arguments: argparse.Namespace) -> int:
+    if (arguments.cuda is None) != (arguments.folder is None):
+        raise ValueError("--cuda and --folder go together, as in --cuda sm_90a --folder kernels")
+    if arguments.cuda is not None:
+        from attn_numba.gpu.ahead import compile_ahead, plain_calls
+
+        calls = plain_calls(arguments.dtypes, arguments.head_sizes)
+        count = compile_ahead(
+            arguments.cuda, arguments.folder, calls, lambda program: print(f"{program.name} {program.options}")
+        )
+        print(f"{count} kernels compiled into {arguments.folder}")
+        return 0
     for dtype, seconds in warmup(tuple(arguments.dtypes), arguments.every).items():
         print(f"{dtype}: {seconds:.2f} s")
     return 0
@@ -253,6 +264,15 @@ def _parser() -> argparse.ArgumentParser:
         "dtypes", nargs="*", default=["float32"], help=f"of {', '.join(DTYPES)} (default: float32)"
     )
     compile_ahead.add_argument("--every", action="store_true", help="all kernels, not just that of plain calls")
+    compile_ahead.add_argument(
+        "--cuda", metavar="ARCHITECTURE", help="CUDA kernels instead, such as for sm_90a; no card is needed"
+    )
+    compile_ahead.add_argument(
+        "--folder", help="of --cuda: where to write; a machine uses it by ATTN_NUMBA_CUDA_CODE=FOLDER"
+    )
+    compile_ahead.add_argument(
+        "--head-sizes", type=positive, nargs="+", default=(64, 128, 256), help="of --cuda (default: 64 128 256)"
+    )
 
     for sub in (run, compare, bench):
         add_threads(sub)

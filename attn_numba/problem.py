@@ -7,7 +7,7 @@ import functools
 import operator
 import os
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,9 @@ class Problem(NamedTuple):
         return ACCUMULATORS[self.dtype]
 
 
+Reader = Callable[[Any, str], Any]  # of an array and the name of the argument
+
+
 @functools.cache
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """Return the name of a dtype; NumPy takes microseconds to make it."""
@@ -71,6 +74,9 @@ def is_device_array(x: object) -> bool:
     """Whether `x` lives on a GPU."""
     if isinstance(x, np.ndarray):
         return False
+    is_cuda = getattr(x, "is_cuda", None)  # of torch tensors: some have no __cuda_array_interface__ to look at
+    if isinstance(is_cuda, bool):
+        return is_cuda
     if hasattr(x, "__cuda_array_interface__"):
         return True
     if hasattr(x, "__dlpack_device__"):
@@ -109,11 +115,27 @@ def _converted(convert: Any, x: object, name: str) -> AnyArray:
 
 
 def _four_axes(array: AnyArray) -> AnyArray:
-    return array if array.ndim == 4 else array[(np.newaxis,) * (4 - array.ndim)]
+    return array if array.ndim == 4 else array.reshape((1,) * (4 - array.ndim) + array.shape)
 
 
-def check_arrays(q: object, k: object, v: object, score: Score) -> tuple[AnyArray, AnyArray, AnyArray, Sizes, int]:
+def device_view(x: Any, name: str) -> Any:
+    """Return the view of an array on a GPU as it is: what `host_array` is for arrays in host memory.
+
+    Raises
+    ------
+    TypeError
+        If it is of none of the four dtypes.
+    """
+    check_dtype(name, dtype_name(x.dtype))
+    return x
+
+
+def check_arrays(
+    q: object, k: object, v: object, score: Score, read: Reader = host_array
+) -> tuple[AnyArray, AnyArray, AnyArray, Sizes, int]:
     """Return q, k, v with four axes, the sizes of the call and the rank of q.
+
+    `read` makes an array of what came, `host_array` or `device_view`.
 
     Raises
     ------
@@ -122,7 +144,7 @@ def check_arrays(q: object, k: object, v: object, score: Score) -> tuple[AnyArra
     ValueError
         If their shapes do not fit.
     """
-    queries, keys, values = host_array(q, "q"), host_array(k, "k"), host_array(v, "v")
+    queries, keys, values = read(q, "q"), read(k, "k"), read(v, "v")
     check_dtypes(dtype_name(queries.dtype), dtype_name(keys.dtype), dtype_name(values.dtype))
     sizes = sizes_of(queries.shape, keys.shape, values.shape, score)
     return _four_axes(queries), _four_axes(keys), _four_axes(values), sizes, queries.ndim
@@ -160,8 +182,11 @@ def check(
     query_offset: object = None,
     key_offset: object = 0,
     dropout: object = None,
+    read: Reader = host_array,
 ) -> Problem:
     """Return the call as a `Problem`.
+
+    `read` makes an array of q, of k and of v: `host_array`, or `device_view` for views of arrays on a GPU.
 
     Raises
     ------
@@ -171,7 +196,7 @@ def check(
         For shapes and values that do not fit.
     """
     relation = check_score(score)
-    q4, k4, v4, sizes, rank = check_arrays(q, k, v, relation)
+    q4, k4, v4, sizes, rank = check_arrays(q, k, v, relation, read)
     rule = as_mask(mask)
     chain = as_modifiers(modifiers)
     weigher = check_normalizer(normalizer, chain)
@@ -213,9 +238,9 @@ def _key(
     rule: Any, chain: Any, drop: Any, sizes: Sizes, dtype: str, scale: float, query_at: Any, key_at: Any
 ) -> Hashable:
     return (
-        _identity(rule),
-        *map(_identity, chain),
-        _identity(drop),
+        identity(rule),
+        *map(identity, chain),
+        identity(drop),
         sizes,
         dtype,
         scale,
@@ -224,7 +249,7 @@ def _key(
     )
 
 
-def _identity(rule: Any) -> Hashable:
+def identity(rule: Any) -> Hashable:
     """Return what tells a rule from others: plain numbers are equal by value, all else is equal to itself alone.
 
     A rule whose id is part of a key stays alive as long as the key.
@@ -233,12 +258,19 @@ def _identity(rule: Any) -> Hashable:
         return None
     masks = getattr(rule, "masks", None)
     if masks is not None:
-        return (type(rule), *map(_identity, masks))
-    if is_dataclass(rule):
-        values = tuple(getattr(rule, f.name) for f in fields(rule))
-        if all(isinstance(x, (int, float)) for x in values):
-            return (type(rule), *values)
+        return (type(rule), *map(identity, masks))
+    kind: Any = type(rule)
+    names = _field_names(kind)
+    if names is not None:
+        values = tuple(getattr(rule, name) for name in names)
+        if all(x is None or isinstance(x, (int, float)) for x in values):
+            return (kind, *values)
     return id(rule)
+
+
+@functools.cache
+def _field_names(kind: Any) -> tuple[str, ...] | None:
+    return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else None
 
 
 def _as_key(offset: int | AnyArray) -> Hashable:
@@ -285,14 +317,11 @@ def check_out(out: object, problem: Problem) -> AnyArray:
     ValueError
         If its shape does not fit, it is read-only, or it overlaps an input.
     """
-    s = problem.sizes
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is {type(out).__name__}; needed a NumPy array")
     if out.dtype != problem.q.dtype:
         raise TypeError(f"out has dtype {out.dtype.name}; q has {problem.dtype}")
-    shape = (s.B, s.H, s.M, s.E)[4 - problem.rank :]
-    if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}; needed {shape}")
+    _check_out_shape(out.shape, problem)
     if not out.flags.writeable:
         raise ValueError("out is read-only; needed an array that can be written")
     for array, name in ((problem.q, "q"), (problem.k, "k"), (problem.v, "v")):
@@ -301,6 +330,38 @@ def check_out(out: object, problem: Problem) -> AnyArray:
     if out.size > 1 and _overlaps_itself(out):
         raise ValueError("out has elements that share memory; needed one place for each element")
     return _four_axes(out)
+
+
+def check_out_view(out: Any, problem: Problem) -> Any:
+    """Return the view of an `out` on a GPU with four axes.
+
+    Raises
+    ------
+    TypeError
+        If it is not of q's dtype.
+    ValueError
+        If its shape does not fit, it is read-only, or it may overlap an input: its addresses are among an input's.
+    """
+    if dtype_name(out.dtype) != problem.dtype:
+        raise TypeError(f"out has dtype {dtype_name(out.dtype)}; q has {problem.dtype}")
+    _check_out_shape(out.shape, problem)
+    if out.readonly:
+        raise ValueError("out is read-only; needed an array that can be written")
+    first, end = out.span()
+    for array, name in ((problem.q, "q"), (problem.k, "k"), (problem.v, "v")):
+        low, high = array.span()  # type: ignore[attr-defined]
+        if first < high and low < end:
+            raise ValueError(f"out overlaps {name}; needed memory of its own")
+    if out.size > 1 and _overlaps_itself(out):
+        raise ValueError("out has elements that share memory; needed one place for each element")
+    return _four_axes(out)
+
+
+def _check_out_shape(found: tuple[int, ...], problem: Problem) -> None:
+    s = problem.sizes
+    shape = (s.B, s.H, s.M, s.E)[4 - problem.rank :]
+    if found != shape:
+        raise ValueError(f"out has shape {found}; needed {shape}")
 
 
 def _shares(a: AnyArray, b: AnyArray) -> bool:
@@ -312,7 +373,7 @@ def _shares(a: AnyArray, b: AnyArray) -> bool:
 
 def _overlaps_itself(array: AnyArray) -> bool:
     """Whether two elements may be in one place: sorted by stride, each axis must step over all smaller ones."""
-    reach = array.itemsize
+    reach = array.dtype.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
         if stride < reach:
             return True

@@ -19,7 +19,7 @@ from attn_numba import reference, rules
 
 SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
 NOTHING = (None, "None", "Iterator[None]")
-OPTIONAL_LIBRARIES = {"matplotlib", "ml_dtypes", "rich", "safetensors", "tqdm"}
+OPTIONAL_LIBRARIES = {"cupy", "matplotlib", "ml_dtypes", "rich", "safetensors", "torch", "tqdm"}
 
 
 def modules() -> Iterator[str]:
@@ -34,6 +34,8 @@ MODULES = sorted(set(modules()))
 
 
 def load(name: str) -> ModuleType:
+    if name.startswith("attn_numba.gpu.") and not importlib.util.find_spec("numba_cuda"):
+        pytest.skip("numba-cuda is not installed")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

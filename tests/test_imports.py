@@ -25,8 +25,9 @@ ALLOWED = {
     "problem": {"rules"},
     "partition": {"rules"},
     "cpu": {"", "rules", "problem", "parallel", "cpu"},
+    "gpu": {"", "rules", "problem", "gpu", "integrations"},
     "reference": {"rules", "reference"},
-    "api": {"", "rules", "problem", "parallel", "partition", "cpu", "reference"},
+    "api": {"", "rules", "problem", "parallel", "partition", "cpu", "gpu", "reference"},
     "layers": {"rules", "problem", "api"},
     "recurrent": {"rules", "problem", "api"},
     "explain": {"rules", "problem", "api", "cpu", "reference"},
@@ -46,6 +47,7 @@ ALLOWED = {
         "rules",
         "api",
         "cpu",
+        "gpu",
         "parallel",
         "job",
         "files",
@@ -57,11 +59,17 @@ ALLOWED = {
     },
     "__main__": {"cli"},
 }
-WHEN_CALLED = {"cpu", "integrations", "reference"}  # imported inside functions only, but by themselves and each other
+WHEN_CALLED = {
+    "cpu",
+    "gpu",
+    "integrations",
+    "reference",
+}  # imported inside functions only, but by themselves and each other
 MAY_LOAD_REFERENCE = {"comparison", "testing", "reference"}  # at import; the others when they are called
 LIBRARIES = {
     "rules": {"numpy", "scipy"},  # SciPy in `adapt` alone, when it is called
     "cpu": {"numpy", "numba", "llvmlite", "scipy"},
+    "gpu": {"numpy", "numba", "llvmlite", "cuda"},
     "sequences": {"numpy", "scipy"},
     "integrations": {"numpy"},  # and the one library that the file is named after
 }

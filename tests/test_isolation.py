@@ -12,6 +12,7 @@ from attn_numba.testing import LAST_PLACES
 from cases import allowed
 from random_cases import BATCHES, RULES, random_call, random_sizes, seeds
 
+BACKENDS = [name for name, (available, _) in an.backends().items() if available and name != "reference"]
 BAD = (np.nan, np.inf, -np.inf, 1e38, -6e4, 1e-38)
 
 
@@ -47,7 +48,7 @@ def poisoned(rng, k, v, seen_k, seen_v):
     return k, v
 
 
-def check_case(seed):
+def check_case(seed, backend):
     rng, label, z, (q, k, v), kwargs = random_call(seed)
     seen = allowed(z, kwargs)
     scored = seen_scores(z, kwargs, seen)
@@ -55,8 +56,9 @@ def check_case(seed):
     bad_k, bad_v = poisoned(rng, k, v, scored.reshape(by_key_head).any(2), seen.reshape(by_key_head).any(2))
 
     asked = {"return_lse": isinstance(kwargs.get("normalizer", an.Softmax()), an.Softmax), "return_weights": True}
-    clean = an.attention(q, k, v, **kwargs, **asked)
-    found = an.attention(q, bad_k, bad_v, out=np.full_like(clean.out, np.nan), **kwargs, **asked)
+    clean = an.attention(q, k, v, backend=backend, **kwargs, **asked)
+    spoiled = np.full_like(clean.out, np.nan)
+    found = an.attention(q, bad_k, bad_v, out=spoiled, backend=backend, **kwargs, **asked)
 
     spoiled_keys = ~np.isfinite(bad_k.astype(np.float32)).all(-1).repeat(z.H // z.Hk, 1)  # (B, H, N)
     rows = (scored & spoiled_keys[:, :, None]).any(-1)  # (B, H, M)
@@ -80,9 +82,10 @@ def first(before, after, where):
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_random_cases(batch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_cases(batch, backend):
     for seed in seeds(batch):
-        check_case(seed)
+        check_case(seed, backend)
 
 
 def test_generator_is_varied():
