@@ -223,6 +223,16 @@ def _shuffle(values):
     return [values[n ^ mask][0] for n, (_, mask) in enumerate(values)]
 
 
+def uniform(x):
+    thread = getcurrent()
+    return thread.warp.gather(thread, "uniform", x, _first)
+
+
+def _first(values):
+    require(len(set(values)) == 1, f"a number that is to be the same in all lanes is one of {set(values)}")
+    return values
+
+
 def _load_matrices(transposed):
     def load(at):
         thread = getcurrent()
@@ -387,6 +397,7 @@ INSTRUCTIONS = {
     "pack_bfloat16": pack_bfloat16,
     "pack_float16": pack_float16,
     "shuffle_xor": shuffle_xor,
+    "uniform": uniform,
     "copy16": copy16,
     "copy_commit": copy_commit,
     "copy_wait0": _wait_for_copies(0),

@@ -345,6 +345,26 @@ def check_skipping(name):
     print(len(read))
 
 
+def check_bits(name):
+    """The bits of a row depend on nothing beside it: batch, heads, rows before it, and keys that it does not see."""
+    rng, dtype = np.random.default_rng(8), "bfloat16"
+    q, k, v = arrays(rng, dtype, 2, 2, 1, 37, 53, 32)
+    rule = {"mask": an.Causal(), "modifiers": an.SoftCap(2.0)}
+    whole = run(name, q, k, v, dtype, query_offset=10, **rule)
+    parts = {
+        "alone": (np.s_[1:, 1:], run(name, q[1:, 1:], k[1:], v[1:], dtype, query_offset=10, **rule)),
+        "later rows": (np.s_[:, :, 20:], run(name, q[:, :, 20:], k, v, dtype, query_offset=30, **rule)),
+        "seen keys": (
+            np.s_[:, :, :30],
+            run(name, q[:, :, :30], k[:, :, :40], v[:, :, :40], dtype, query_offset=10, **rule),
+        ),
+    }
+    for label, (part, found) in parts.items():
+        for before, after in zip(whole, found, strict=True):
+            np.testing.assert_array_equal(before[part].view(np.uint32), after.view(np.uint32))
+        print(label)
+
+
 # --- faults ---
 
 

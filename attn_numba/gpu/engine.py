@@ -22,6 +22,7 @@ from attn_numba.gpu.hooks import Bound, bind
 from attn_numba.gpu.kept import Kept
 from attn_numba.gpu.launch import Ready, ready
 from attn_numba.gpu.target import SIMULATED
+from attn_numba.gpu.tensor_cores import misplaced
 from attn_numba.problem import Problem
 from attn_numba.rules import Dot, Softmax
 from attn_numba.rules.arguments import DTYPES, check_lse
@@ -380,7 +381,7 @@ def kernels_of(problem: Problem, out: Any, capability: tuple[int, int]) -> Itera
     for name, kernel in _kernels().items():
         reason = kernel.refusal(problem, capability)
         if not reason and name in TENSOR_CORES and out is not None:
-            reason = _kernels()["mma"].misplaced(out, "out")
+            reason = misplaced(out, "out")
         yield name, reason
 
 

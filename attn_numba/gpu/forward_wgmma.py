@@ -11,12 +11,12 @@ import math
 from typing import Any
 
 from attn_numba.gpu import ptx
-from attn_numba.gpu.forward_mma import arguments, grid_of, refusal_of_any, signature
 from attn_numba.gpu.fragments import LOG2_E, steps_of
 from attn_numba.gpu.hooks import Bound, Hooks
 from attn_numba.gpu.layout import Layout, loader
 from attn_numba.gpu.program import Program
 from attn_numba.gpu.target import cuda, device, types
+from attn_numba.gpu.tensor_cores import arguments, grid_of, program_of, refusal_of_any
 from attn_numba.problem import Problem
 
 __all__ = ["arguments", "grid", "make", "program", "refusal"]
@@ -52,19 +52,8 @@ def layout_for(problem: Problem) -> Layout:
 
 
 def program(problem: Problem, bound: Bound, *, lse: bool = False, stats: bool = False) -> Program:
-    """Return the kernel of a call; with `lse` and `stats` or without them it is the same one."""
-    layout, hooks = layout_for(problem), bound.hooks
-    return Program(
-        "wgmma",
-        tuple(layout),
-        hooks,
-        lambda: make(layout, hooks),
-        signature(bound),
-        (layout.threads,),
-        1,
-        layout.shared,
-        True,
-    )
+    """Return the kernel of a call."""
+    return program_of("wgmma", layout_for(problem), bound, make, resident=1, specific=True)
 
 
 def grid(problem: Problem) -> tuple[int, int, int]:
@@ -78,7 +67,8 @@ def grid(problem: Problem) -> tuple[int, int, int]:
 def make(layout: Layout, hooks: Hooks) -> Any:
     """Return the kernel, a plain function."""
     commit, arrived = ptx.copy_commit, ptx.copy_wait0
-    fence, opaque, pin, shared_address = ptx.fence_async, ptx.opaque, ptx.pin, ptx.shared_address
+    fence, opaque, pin = ptx.fence_async, ptx.opaque, ptx.pin
+    uniform, shared_address = ptx.uniform, ptx.shared_address
     D, E, ROWS, KEYS, THREADS = layout.head_size, layout.value_size, layout.rows, layout.keys, layout.threads
     WORDS = layout.value_words
     QUERIES, KEY_TILES, VALUE_TILES = layout.parts
@@ -152,7 +142,10 @@ def make(layout: Layout, hooks: Hooks) -> Any:
         for n in range(scores_size):
             scores[n] = float32(0)
         # a warpgroup's 64 rows of queries follow those of the one before
-        query_matrix = uint64(KEY_FORM) | uint64(uint32(queries + uint32((t >> 7) * (GROUP_ROWS * ROW))) >> uint32(4))
+        warpgroup = uniform(uint32(t >> 7))
+        query_matrix = uint64(KEY_FORM) | uint64(
+            uint32(queries + uint32(warpgroup * uint32(GROUP_ROWS * ROW))) >> uint32(4)
+        )
         key_matrix = uint64(KEY_FORM) | uint64(keys >> uint32(4))
         value_matrix = uint64(VALUE_FORM) | uint64(values >> uint32(4))
 

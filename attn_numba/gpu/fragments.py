@@ -85,7 +85,7 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
     THREADS, BN, ROWS, MT = layout.threads, layout.keys, layout.rows, layout.row_tiles
     NT, DT, WORDS, SCAN = layout.key_columns, layout.value_columns, layout.value_words, layout.scan_words
     CHUNKS, ZERO = -(-layout.value_size // 8), 8 * SCAN
-    EXPONENTS = EXPONENT[layout.dtype]
+    LOW, HIGH = uint32(EXPONENT[layout.dtype]), uint32(EXPONENT[layout.dtype] << 16)
     packed = MT * NT * 2
     NEGATIVE, NAN, ln2, log2e = float32(-math.inf), float32(math.nan), float32(LN_2), float32(LOG2_E)
 
@@ -270,6 +270,16 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
         cuda.syncthreads()
 
     @device
+    def finite(word):
+        """Return two values with zeros in place of those that are not finite, and a bit for each of these."""
+        bits = uint32(0)
+        if word & LOW == LOW:
+            word, bits = uint32(word & uint32(0xFFFF0000)), uint32(1)
+        if word & HIGH == HIGH:
+            word, bits = uint32(word & uint32(0xFFFF)), uint32(bits | uint32(2))
+        return word, bits
+
+    @device
     def clean(tile, words):
         """Put zeros in place of values that are not finite, and note in `words`, key by key, in which columns."""
         forget(words, int32(BN * WORDS))
@@ -277,25 +287,13 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
             key, chunk = int32(n // CHUNKS), int32(n % CHUNKS)
             at = uint32(tile + uint32(value_place(key, chunk)))
             values = load4(at)
-            bits = uint32(0)
-            a, b, c, d = values[0], values[1], values[2], values[3]
-            low, high = uint32(EXPONENTS), uint32(EXPONENTS << 16)
-            if a & low == low:
-                a, bits = uint32(a & uint32(0xFFFF0000)), uint32(bits | uint32(1))
-            if a & high == high:
-                a, bits = uint32(a & uint32(0xFFFF)), uint32(bits | uint32(2))
-            if b & low == low:
-                b, bits = uint32(b & uint32(0xFFFF0000)), uint32(bits | uint32(4))
-            if b & high == high:
-                b, bits = uint32(b & uint32(0xFFFF)), uint32(bits | uint32(8))
-            if c & low == low:
-                c, bits = uint32(c & uint32(0xFFFF0000)), uint32(bits | uint32(16))
-            if c & high == high:
-                c, bits = uint32(c & uint32(0xFFFF)), uint32(bits | uint32(32))
-            if d & low == low:
-                d, bits = uint32(d & uint32(0xFFFF0000)), uint32(bits | uint32(64))
-            if d & high == high:
-                d, bits = uint32(d & uint32(0xFFFF)), uint32(bits | uint32(128))
+            a, first = finite(values[0])
+            b, second = finite(values[1])
+            c, third = finite(values[2])
+            d, fourth = finite(values[3])
+            bits = uint32(
+                first | uint32(second << uint32(2)) | uint32(third << uint32(4)) | uint32(fourth << uint32(6))
+            )
             if bits != uint32(0):
                 store4(at, a, b, c, d)
                 word = uint32(words + uint32(4 * (key * WORDS + (chunk >> 2))))

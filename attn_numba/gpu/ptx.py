@@ -128,6 +128,8 @@ pack_bfloat16 = instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", u32, f32, f32)
 pack_float16 = instruction("cvt.rn.f16x2.f32 $0, $2, $1;", u32, f32, f32)
 # What the lane has whose number differs in the bits of the mask.
 shuffle_xor = instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", f32, f32, i32, effects=True)
+# The number of the first lane: one that the compiler knows to be the same in all lanes, and keeps once a warp.
+uniform = instruction("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", u32, u32, effects=True)
 
 # --- memory ---
 

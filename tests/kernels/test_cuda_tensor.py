@@ -41,6 +41,11 @@ def test_numbers_that_are_not_finite(kernel):
 
 
 @pytest.mark.parametrize("kernel", ["mma", "wgmma"])
+def test_bits_depend_on_nothing_beside_a_row(kernel):
+    assert emulated(f"check_bits('{kernel}')") == ["alone", "later rows", "seen keys"]
+
+
+@pytest.mark.parametrize("kernel", ["mma", "wgmma"])
 def test_tiles_that_nobody_sees_are_not_read(kernel):
     assert len(emulated(f"check_skipping('{kernel}')")) == 1
 
