@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ COMPILING = 40  # seconds before its limit at which the suite skips what is left
 ENDING = 25  # seconds before its limit at which the benchmark begins nothing new
 WORTH_STARTING = 75  # seconds that a benchmark needs to say anything
 NVVM, LIBDEVICE, MACHINE_CODE = "libnvvm.so.4.xz", "libdevice.10.bc", "machine-code"  # in the folder that is carried
+WHEELS = "wheels"  # there too, put in by hand: packages that come before those of the machine
 
 
 class Outcome(NamedTuple):
@@ -57,8 +59,9 @@ class Bench:
         self.out, self.work, self.carried = out, work, carried
         self.end = time.monotonic() + 60 * minutes
         self.outcomes: list[Outcome] = []
+        places = (laid_out(work), opened(carried, work), ROOT / "benchmarks", ROOT / "tests")
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, (laid_out(work), ROOT / "benchmarks", ROOT / "tests"))),
+            "PYTHONPATH": os.pathsep.join(map(str, places)),
             "PYTHONSAFEPATH": "1",  # the checkout's attn_numba lacks attn_numba.reference: it is not to be found first
             "PYTHONUNBUFFERED": "1",
             "NUMBA_CACHE_DIR": str(work / "cache"),  # of the card's code too
@@ -155,6 +158,17 @@ def laid_out(work: Path) -> Path:
     about.mkdir()
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: attn-numba\nVersion: {found.group(1)}\n")
     return site
+
+
+def opened(carried: Path, work: Path) -> Path:
+    """Return a folder with the packages whose wheels were carried along."""
+    packages = work / "packages"
+    shutil.rmtree(packages, ignore_errors=True)
+    packages.mkdir(parents=True)
+    for wheel in sorted((carried / WHEELS).glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(packages)
+    return packages
 
 
 # --- the parts ---

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -99,6 +100,18 @@ def test_the_package_runs_from_where_it_is_laid_out(tmp_path):
     for path in run_python(code, PYTHONPATH=str(site)).split():
         assert path.startswith(str(site))
     assert on_a_card.laid_out(tmp_path) == site  # again, over what is there
+
+
+def test_wheels_that_are_carried_come_first(tmp_path):
+    wheels = tmp_path / "carried" / on_a_card.WHEELS
+    wheels.mkdir(parents=True)
+    for name in ("one", "other"):
+        with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "where = __file__")
+    bench = on_a_card.Bench(tmp_path, tmp_path / "work", tmp_path / "carried", 1)
+    code = "import one, other; print(one.where); print(other.where)"
+    for path in run_python(code, PYTHONPATH=bench.environment["PYTHONPATH"]).split():
+        assert path.startswith(str(tmp_path / "work"))
 
 
 def test_a_long_log_keeps_its_end(tmp_path, monkeypatch):
