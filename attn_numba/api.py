@@ -19,9 +19,9 @@ from attn_numba.partition import merge
 from attn_numba.problem import Problem
 from attn_numba.rules import as_mask, places_of
 from attn_numba.rules.arguments import ANY_DTYPE, DTYPES, check_lse, check_offsets
-from attn_numba.rules.results import result_of
+from attn_numba.rules.results import Gradients, result_of
 
-__all__ = ["attention", "backends", "config_report", "mask_array", "merge", "warmup"]
+__all__ = ["attention", "attention_vjp", "backends", "config_report", "mask_array", "merge", "warmup"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 NO_CUDA = "what is asked for has no CUDA version"
@@ -156,6 +156,98 @@ def attention(
     )
 
 
+def attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    *,
+    mask: Any = None,
+    modifiers: Any = (),
+    score: Any = None,
+    normalizer: Any = None,
+    scale: float | None = None,
+    query_offset: Any = None,
+    key_offset: Any = 0,
+    dropout: Any = None,
+    saved: Any = None,
+    backend: str = "auto",
+    stream: Any = None,
+) -> Gradients:
+    """Return the gradients of ``sum(dout * attention(q, k, v))`` by the inputs and by the arrays of rules.
+
+    Parameters
+    ----------
+    q : array (B, H, M, D)
+        Queries: float64, float32, float16 or bfloat16. Missing leading axes count as 1. Any strides.
+    k : array (B, Hk, N, D)
+        Keys, of q's dtype.
+    v : array (B, Hk, N, E)
+        Values, of q's dtype.
+    dout : array (B, H, M, E)
+        Gradient by the output, in its shape and dtype.
+    mask, modifiers, score, normalizer, scale, query_offset, key_offset, dropout : optional
+        The rules, as `attention` takes them. A `CustomModifier` needs its `slope`.
+    saved : (out, lse), optional
+        What `attention` returned for the same call with `return_lse`, of `Softmax`; without it, computed again.
+    backend : {"auto", "reference", "cpu", "cuda"}
+        Who computes, as in `attention`. So far "reference" alone.
+    stream : int or stream, optional
+        As in `attention`.
+
+    Returns
+    -------
+    Gradients
+        ``.q``, ``.k``, ``.v`` in the shapes and dtype of the inputs. ``.of(rule)`` gives those by the arrays of a rule
+        of the call, in the shape it was given: `Bias`, the slopes of `ALiBi`, `Temperature`, the span of
+        `AdaptiveSpan`, the sink of `Softmax`, the weights of `Bilinear` and `Additive`.
+
+    Raises
+    ------
+    TypeError
+        For arguments of the wrong kind, and a `dout` or `saved` of another dtype.
+    ValueError
+        For shapes and values that do not fit, a modifier without slope, and `saved` of another call.
+    NotImplementedError
+        For a backend that does not compute gradients, or cannot run here.
+
+    Notes
+    -----
+    Of a softmax ``ds_ij = w_ij (dout_i . v_j - dout_i . out_i)``; of dot products ``dq_i = scale sum_j ds_ij k_j`` and
+    ``dk_j = scale sum_i ds_ij q_i``; and ``dv_j = sum_i w_ij dout_i``. A key that is not allowed, and a query with no
+    allowed key, have gradient 0 and change no other, whatever they hold.
+
+    References
+    ----------
+    T. Dao et al. (2022), "FlashAttention: fast and memory-efficient exact attention with IO-awareness", appendix B.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import attn_numba as an
+    >>> q = k = np.zeros((3, 4))
+    >>> v = np.array([[1.0], [2.0], [6.0]])
+    >>> alibi = an.ALiBi(0.0)
+    >>> grads = an.attention_vjp(q, k, v, np.ones((3, 1)), modifiers=alibi, mask=an.Causal(), backend="reference")
+    >>> grads.v.ravel().round(3), grads.of(alibi)
+    (array([1.833, 0.833, 0.333]), array(1.91666667))
+    """
+    name = choose_backend(backend, q, k, v, dout, cuda=True)
+    if name != "reference":
+        raise NotImplementedError(f"backend {name!r} does not compute gradients; 'reference' does")
+    if stream is not None:
+        raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
+    rules = {
+        "mask": mask, "modifiers": modifiers, "score": score, "normalizer": normalizer, "scale": scale,
+        "query_offset": query_offset, "key_offset": key_offset, "dropout": dropout,
+    }  # fmt: skip
+    arrays = (problems.host_array(x, label) for x, label in ((q, "q"), (k, "k"), (v, "v"), (dout, "dout")))
+    from attn_numba import reference
+
+    found: Gradients = reference.attention_vjp(*arrays, **rules, saved=saved)
+    return found
+
+
 def ranked(array: Any, rank: int) -> Any:
     """Without the leading axes of size 1 that `check` put in front."""
     return array.reshape(array.shape[array.ndim - rank :]) if array.ndim > rank else array
@@ -167,9 +259,9 @@ def choose_backend(backend: str, *arrays: Any, cuda: bool = False) -> str:
         raise ValueError(f"backend is {backend!r}; needed one of {', '.join(map(repr, BACKENDS))}")
     on_device = [problems.is_device_array(x) for x in arrays]
     if any(on_device) and not all(on_device):
-        names = "qkv"[: len(arrays)]
+        names = ("q", "k", "v", "dout")[: len(arrays)]
         where = ", ".join(f"{n} on a {'GPU' if d else 'host'}" for n, d in zip(names, on_device, strict=True))
-        all_of_them = "both" if len(names) == 2 else "all three"
+        all_of_them = ("both", "all three", "all four")[len(names) - 2]
         raise TypeError(f"{', '.join(names)} are in different places: {where}; needed one place for {all_of_them}")
     if any(on_device) and backend in ("cpu", "reference"):
         raise TypeError(f"backend is {backend!r}, and the arrays are on a GPU; needed 'cuda', 'auto' or host arrays")

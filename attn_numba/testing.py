@@ -94,7 +94,7 @@ def check_rule(
         if mask is not None:
             check_tiles(mask, whole, query_at, key_at, rng)
         for modifier in modifiers:
-            if modifier.slope is not None:
+            if modifier.differentiable:
                 check_slope(modifier, whole, query_at, key_at, rng)
         q, k, v = _arrays(whole, rng)
         for backend, (available, _) in backends().items():
@@ -219,7 +219,7 @@ def check_slope(modifier: Modifier, sizes: Sizes, query_offset: Any, key_offset:
     AssertionError
         If they differ; the message names the worst place.
     """
-    assert modifier.slope is not None, f"{_name(modifier)} has no slope"
+    assert modifier.differentiable, f"{_name(modifier)} has no slope"
     places, shape = places_of(sizes, query_offset, key_offset), (sizes.B, sizes.H, sizes.M, sizes.N)
     if 0 in shape:
         return
@@ -228,8 +228,7 @@ def check_slope(modifier: Modifier, sizes: Sizes, query_offset: Any, key_offset:
     with np.errstate(all="ignore"):
         above, below = (modifier.evaluate(s + d, places, sizes) for d in (step, -step))
         measured = (above - below) / (2 * step)
-        slope = modifier.slope(s, *modifier._at(places), modifier.arguments(sizes))
-        given = np.broadcast_to(np.asarray(slope, np.float64), shape)
+        given = modifier.derivatives(s, places, sizes)
         comparable = np.isfinite(measured)  # where the score is infinite (an excluded key) there is nothing to measure
         wrong = comparable & ~(np.abs(measured - given) <= 1e-5 * (1 + np.abs(measured)))
     if wrong.any():

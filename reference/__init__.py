@@ -12,7 +12,8 @@ array([[0.5, 0.5],
        [0.5, 0.5]])
 """
 
+from attn_numba.reference.backward import attention_vjp
 from attn_numba.reference.explain import column_sums, entropy, top_keys, weights_of
 from attn_numba.reference.forward import attention, merge
 
-__all__ = ["attention", "column_sums", "entropy", "merge", "top_keys", "weights_of"]
+__all__ = ["attention", "attention_vjp", "column_sums", "entropy", "merge", "top_keys", "weights_of"]

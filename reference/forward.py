@@ -20,7 +20,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attn_numba.reference.normalizers import normalized, softmax
-from attn_numba.rules import Dropout, as_mask, as_modifiers, places_of
+from attn_numba.rules import (
+    Dropout,
+    Mask,
+    Modifier,
+    Normalizer,
+    Places,
+    Score,
+    Sizes,
+    as_mask,
+    as_modifiers,
+    places_of,
+)
 from attn_numba.rules.arguments import (
     ACCUMULATORS,
     ANY_DTYPE,
@@ -121,6 +132,71 @@ def attention(
     >>> attention(q, k, v, mask=Causal()).ravel()
     array([1. , 1.5, 3. ])
     """
+    call = checked(
+        q, k, v, mask=mask, modifiers=modifiers, score=score, normalizer=normalizer, scale=scale,
+        query_offset=query_offset, key_offset=key_offset, dropout=dropout, compute_dtype=compute_dtype,
+    )  # fmt: skip
+    check_lse(return_lse, call.normalizer)
+    found = computed(call)
+    with np.errstate(all="ignore"):  # excluded places may hold anything
+        out = weighted_sum(call.precision.rounded(found.used), found.values, found.allowed)
+    lead, accumulator = call.q.shape[:-1], ACCUMULATORS[call.q.dtype.name]
+    return result_of(
+        out.reshape(*lead, call.sizes.E).astype(call.q.dtype),
+        found.lse.reshape(lead).astype(accumulator) if return_lse else None,
+        found.weights.reshape(*lead, call.sizes.N).astype(accumulator) if return_weights else None,
+    )
+
+
+class Call(NamedTuple):
+    """A call whose arguments fit together."""
+
+    q: np.ndarray  # as they were given, k and v too
+    k: np.ndarray
+    v: np.ndarray
+    sizes: Sizes
+    places: Places
+    mask: Mask | None
+    modifiers: tuple[Modifier, ...]
+    score: Score
+    normalizer: Normalizer
+    scale: float
+    dropout: Dropout | None
+    precision: Precision
+
+
+class Steps(NamedTuple):
+    """What is computed on the way to the output, for each query head."""
+
+    queries: np.ndarray  # (B, H, M, D) and (B, Hk, N, D): rounded, not yet mapped by the score
+    keys: np.ndarray
+    mapped_queries: np.ndarray  # (B, H, M, D) and (B, H, N, D)
+    mapped_keys: np.ndarray
+    values: np.ndarray  # (B, H, N, E)
+    scores: tuple[np.ndarray, ...]  # (B, H, M, N): what each modifier was given, then what the normalizer was given
+    allowed: np.ndarray  # (B, H, M, N), bool
+    weights: np.ndarray  # (B, H, M, N)
+    lse: Any  # (B, H, M), or None
+    kept: np.ndarray | None  # (B, H, M, N), bool; None without dropout
+    used: np.ndarray  # (B, H, M, N): weights after dropout
+
+
+def checked(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    modifiers: Any = (),
+    score: Any = None,
+    normalizer: Any = None,
+    scale: Any = None,
+    query_offset: Any = None,
+    key_offset: Any = 0,
+    dropout: Any = None,
+    compute_dtype: Any = None,
+) -> Call:
+    """Return a call whose arguments were checked; they are those of `attention`, as are the errors."""
     q, k, v = np.asarray(q), np.asarray(k), np.asarray(v)
     check_dtypes(q.dtype.name, k.dtype.name, v.dtype.name)
     score = check_score(score)
@@ -128,7 +204,6 @@ def attention(
     mask, modifiers = as_mask(mask), as_modifiers(modifiers)
     normalizer = check_normalizer(normalizer, modifiers)
     normalizer.check(sizes)
-    check_lse(return_lse, normalizer)
     if dropout is not None:
         dropout = instance(dropout, Dropout, "dropout", "Dropout(rate, seed)")
     scale = check_scale(scale, score.default_scale(sizes.D))
@@ -138,45 +213,47 @@ def attention(
     for rule in rules:
         rule.check(sizes, query_offset, key_offset)
     places = places_of(sizes, query_offset, key_offset)
-    precision = _Precision.of(compute_dtype)
+    precision = Precision.of(compute_dtype)
+    return Call(q, k, v, sizes, places, mask, modifiers, score, normalizer, scale, dropout, precision)
 
+
+def computed(call: Call) -> Steps:
+    """Return all that is computed before the weights meet the values."""
+    sizes, places, precision = call.sizes, call.places, call.precision
     # Arrays with all four axes.
-    queries = precision.inputs(q).reshape(sizes.B, sizes.H, sizes.M, sizes.D)
-    keys = precision.inputs(k).reshape(sizes.B, sizes.Hk, sizes.N, k.shape[-1])
-    values = precision.inputs(v).reshape(sizes.B, sizes.Hk, sizes.N, sizes.E)
+    queries = precision.inputs(call.q).reshape(sizes.B, sizes.H, sizes.M, sizes.D)
+    keys = precision.inputs(call.k).reshape(sizes.B, sizes.Hk, sizes.N, call.k.shape[-1])
+    values = precision.inputs(call.v).reshape(sizes.B, sizes.Hk, sizes.N, sizes.E)
 
     with np.errstate(all="ignore"):  # excluded places may hold anything
-        queries, keys = score.mapped(queries, keys)
+        mapped_queries, mapped_keys = call.score.mapped(queries, keys)
         shared = sizes.H // sizes.Hk  # query heads that read one key head: as many copies of it
-        keys, values = keys.repeat(shared, axis=1), values.repeat(shared, axis=1)
+        mapped_keys, values = mapped_keys.repeat(shared, axis=1), values.repeat(shared, axis=1)
 
-        s = score.between(queries, keys) * precision.number(scale)
+        s = call.score.between(mapped_queries, mapped_keys) * precision.number(call.scale)
+        scores = [s]
         allowed = np.ones(s.shape, np.bool_)
-        for modifier in modifiers:
+        for modifier in call.modifiers:
             s = modifier.evaluate(s, places, sizes)
+            scores.append(s)
             excluded = modifier.excluded(places, sizes)
             if excluded is not None:
                 allowed &= ~excluded
-        if mask is not None:
-            allowed &= mask.evaluate(places, sizes)
+        if call.mask is not None:
+            allowed &= call.mask.evaluate(places, sizes)
         allowed &= s != -np.inf
 
-        weights, lse = normalized(normalizer, s, allowed, sizes)
-        used = weights
-        if dropout is not None:
-            kept = dropout.kept(places, sizes)
-            used = np.where(kept, weights / precision.number(1 - dropout.rate), precision.number(0))
-        out = _weighted_sum(precision.rounded(used), values, allowed)
-
-    accumulator = ACCUMULATORS[q.dtype.name]
-    return result_of(
-        out.reshape(*q.shape[:-1], sizes.E).astype(q.dtype),
-        lse.reshape(q.shape[:-1]).astype(accumulator) if return_lse else None,
-        weights.reshape(*q.shape[:-1], sizes.N).astype(accumulator) if return_weights else None,
-    )
+        weights, lse = normalized(call.normalizer, s, allowed, sizes)
+        kept, used = None, weights
+        if call.dropout is not None:
+            kept = call.dropout.kept(places, sizes)
+            used = np.where(kept, weights / precision.number(1 - call.dropout.rate), precision.number(0))
+    return Steps(
+        queries, keys, mapped_queries, mapped_keys, values, tuple(scores), allowed, weights, lse, kept, used
+    )  # fmt: skip
 
 
-def _weighted_sum(weights: np.ndarray, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+def weighted_sum(weights: np.ndarray, values: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Return ``sum_j w_ij v_j`` over the allowed keys only: 0 times an excluded NaN is not part of it."""
     finite = np.isfinite(values)
     out = weights @ np.where(finite, values, 0)
@@ -244,14 +321,14 @@ def merge(outs: Sequence[Any], lses: Sequence[Any], sink: Any = None) -> Merged:
 # --- arguments ---
 
 
-class _Precision(NamedTuple):
+class Precision(NamedTuple):
     """The precision to compute in: of inputs and weights, and of everything else."""
 
     name: str
     accumulator: Any
 
     @classmethod
-    def of(cls, dtype: Any) -> _Precision:
+    def of(cls, dtype: Any) -> Precision:
         name = "float64" if dtype is None else dtype if isinstance(dtype, str) else np.dtype(dtype).name
         if name not in ACCUMULATORS:
             raise TypeError(f"compute_dtype is {name}; needed {ANY_DTYPE}")

@@ -6,6 +6,7 @@ formula.
 
 from attn_numba.rules.adaptive import AdaptiveSpan, adapt
 from attn_numba.rules.base import MaskFormula
+from attn_numba.rules.dropout import Dropout
 from attn_numba.rules.masks import (
     AllOf,
     AnyOf,
@@ -26,7 +27,6 @@ from attn_numba.rules.modifiers import (
     ALiBi,
     Bias,
     CustomModifier,
-    Dropout,
     Modifier,
     ReplaceExcluded,
     SoftCap,

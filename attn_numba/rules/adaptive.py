@@ -50,6 +50,8 @@ class AdaptiveSpan(Modifier):
     Keys beyond the span are skipped, not computed, tile by tile: the time of a call goes with its mean span. A
     causal mask leaves the keys before the query.
 
+    The gradient by the span comes from keys on the ramp; one at the very end of the span, whose ratio is 1, gives none.
+
     References
     ----------
     S. Sukhbaatar, E. Grave, P. Bojanowski and A. Joulin (2019), "Adaptive attention span in transformers", section
@@ -71,6 +73,7 @@ class AdaptiveSpan(Modifier):
     ramp: float
     positional: ClassVar[bool] = True
     softmax_only: ClassVar[bool] = True
+    learned: ClassVar[tuple[str, str]] = ("span", "BHM")
 
     def __post_init__(self) -> None:
         span = floats("AdaptiveSpan", "span", self.span, 3)
@@ -100,6 +103,10 @@ class AdaptiveSpan(Modifier):
     @staticmethod
     def slope(s: Any, b: Any, h: Any, i: Any, distance: Any, p: Any) -> Any:
         return 1.0
+
+    @staticmethod
+    def learned_slope(s: Any, b: Any, h: Any, i: Any, distance: Any, p: Any) -> Any:
+        return 1.0 / (p[2][b, h, i] + (p[1][b, h, i] - distance))  # of what is on the ramp; 0 where neutral
 
     @staticmethod
     def excludes(b: Any, h: Any, i: Any, distance: Any, p: Any) -> Any:

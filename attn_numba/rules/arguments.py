@@ -228,6 +228,67 @@ def check_lse(return_lse: object, normalizer: Normalizer) -> None:
         raise ValueError(f"return_lse is {return_lse}, but {type(normalizer).__name__} has no lse; needed Softmax()")
 
 
+def check_gradient(shape: tuple[int, ...], dtype: str, needed: tuple[int, ...], q: str) -> None:
+    """Check the shape and the name of the dtype of dout against those of the output and of q.
+
+    Raises
+    ------
+    TypeError
+        If the dtype is another than that of q.
+    ValueError
+        If the shape is another than that of the output.
+    """
+    if dtype != q:
+        raise TypeError(f"dout has dtype {dtype}; q has {q}")
+    if shape != needed:
+        raise ValueError(f"dout has shape {shape}; needed {needed}, the shape of the output")
+
+
+def check_differentiable(modifiers: Iterable[Modifier]) -> None:
+    """Check that the derivatives of all modifiers are known.
+
+    Raises
+    ------
+    ValueError
+        If one has no slope.
+    """
+    for n, modifier in enumerate(modifiers):
+        if not modifier.differentiable:
+            raise ValueError(
+                f"modifiers[{n}], {type(modifier).__name__}, has no slope; gradients need it: pass slope=, the "
+                "derivative of the new score by s"
+            )
+
+
+def check_saved(
+    saved: object, normalizer: Normalizer, needed: tuple[int, ...], dtype: str
+) -> tuple[Any, Any] | tuple[None, None]:
+    """Return out and lse of a forward call as they came, for an output of the shape needed and the dtype of that name.
+
+    Raises
+    ------
+    TypeError
+        If it is no pair of arrays, or one has another dtype.
+    ValueError
+        If one has another shape, or the normalizer has no lse.
+    """
+    if saved is None:
+        return None, None
+    if not isinstance(normalizer, Softmax):
+        raise ValueError(f"saved was given, but {type(normalizer).__name__} has no lse; needed None")
+    if not (isinstance(saved, (tuple, list)) and len(saved) == 2 and all(hasattr(x, "dtype") for x in saved)):
+        what = f"{len(saved)} things" if isinstance(saved, (tuple, list)) and len(saved) != 2 else type(saved).__name__
+        raise TypeError(f"saved is {what}; needed (out, lse), arrays as attention returns them, or None")
+    kinds = (dtype, ACCUMULATORS[dtype].name)
+    for name, array, shape, kind in zip(("out", "lse"), saved, (needed, needed[:-1]), kinds, strict=True):
+        found = getattr(array.dtype, "name", str(array.dtype).removeprefix("torch."))
+        if found != kind:
+            raise TypeError(f"saved: {name} has dtype {found}; needed {kind}")
+        if tuple(array.shape) != shape:
+            raise ValueError(f"saved: {name} has shape {tuple(array.shape)}; needed {shape}: it is of another call")
+    return saved[0], saved[1]
+
+
 def check_rows(rows: object, count: int) -> range:
     """Return the rows that a slice takes of so many; all for None.
 

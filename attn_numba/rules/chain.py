@@ -62,6 +62,48 @@ def formulas_of(
     return Formulas(seen, allowed & neutral, select(neutral, raw, score / factor), True)
 
 
+class Derivatives(NamedTuple):
+    """What the gradients by raw scores and by arrays of modifiers are, at one place.
+
+    They hold where a key is allowed; elsewhere all are 0, which the reader must see to.
+    """
+
+    score: Node  # by the raw score, the one that the scale has yet to meet
+    learned: tuple[tuple[int, Node], ...]  # which modifier, and by the element of its array that this place reads
+
+
+def derivatives_of(modifiers: Sequence[Modifier], scale: float, sizes: Sizes, binder: Binder) -> Derivatives:
+    """Return the formulas of gradients; symbol `s` is the raw score, symbol `ds` the gradient by the last score.
+
+    Parameters
+    ----------
+    modifiers : sequence of Modifier
+        Those of the call, in their order, all of them differentiable.
+    scale : float
+        Factor of the scores.
+    sizes : Sizes
+        Sizes of the call.
+    binder : Binder
+        Where the parameters of the rules are appended.
+    """
+    (factor,) = binder.bind((float(scale),))
+    scores = [symbol("s", "float") * factor]
+    for modifier in modifiers[:-1]:
+        scores.append(cast(modifier.formula(scores[-1], SYMBOLS, sizes, binder), "float"))
+    gradient = symbol("ds", "float")
+    learned = []
+    for n in reversed(range(len(modifiers))):
+        if modifiers[n].learned is not None:
+            slope = modifiers[n].learned_derivative_formula(scores[n], SYMBOLS, sizes, binder)
+            learned.append((n, _times(gradient, slope)))
+        gradient = _times(gradient, modifiers[n].derivative_formula(scores[n], SYMBOLS, sizes, binder))
+    return Derivatives(gradient * factor, tuple(reversed(learned)))
+
+
+def _times(gradient: Node, slope: Node) -> Node:
+    return gradient if slope.op == "const" and slope.data == 1 else gradient * slope
+
+
 def _both(a: MaskFormula | None, b: MaskFormula) -> MaskFormula:
     return b if a is None else MaskFormula(*(x & y for x, y in zip(a, b, strict=True)))
 

@@ -61,6 +61,21 @@ def fitted(rule: str, name: str, array: AnyArray, axes: str, sizes: Sizes) -> An
         ) from None
 
 
+def gathered(array: AnyArray, shape: tuple[int, ...]) -> AnyArray:
+    """Return an array summed over the axes along which one of `shape` was broadcast to its shape.
+
+    Parameters
+    ----------
+    array : array
+        The gradient by a broadcast array.
+    shape : tuple of int
+        The shape before it was broadcast.
+    """
+    result = np.asarray(array.sum(axis=tuple(range(array.ndim - len(shape)))))
+    repeated = tuple(n for n, size in enumerate(shape) if size == 1 != result.shape[n])
+    return np.asarray(result.sum(axis=repeated, keepdims=True)) if repeated else result
+
+
 def whole_number(rule: str, name: str, x: object) -> int:
     """Return an integer argument of a rule.
 

@@ -1,8 +1,7 @@
-"""Modifiers: a new score for a score, applied in the order given; and dropout of weights."""
+"""Modifiers: a new score for a score, applied in the order given."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,24 +11,21 @@ import numpy as np
 from attn_numba.rules.base import Mask, Rule, as_mask
 from attn_numba.rules.data import (
     AnyArray,
-    as_array,
     custom_params,
     fitted,
     floats,
-    frozen,
     real_number,
     require_function,
     require_kind,
 )
+from attn_numba.rules.dropout import Dropout
 from attn_numba.rules.formula import Binder, Node, Param, cast, lift, select, symbol
-from attn_numba.rules.philox import philox4x32
 from attn_numba.rules.places import SYMBOLS, Places, Sizes
 
 __all__ = [
     "ALiBi",
     "Bias",
     "CustomModifier",
-    "Dropout",
     "Modifier",
     "ReplaceExcluded",
     "SoftCap",
@@ -44,10 +40,14 @@ class Modifier(Rule):
     A modifier of one's own is a `CustomModifier`. A subclass gives static functions: ``apply(s, b, h, i, j, p)``, the
     new score; ``slope(s, b, h, i, j, p)``, its derivative by `s`; where the rule also excludes keys,
     ``excludes(b, h, i, j, p)``; and where it leaves scores as they are, ``neutral(b, h, i, j, p)``, so that `apply` is
-    asked elsewhere only. Kernels change nothing in a tile that all modifiers of a call leave as it is.
+    asked elsewhere only. Kernels change nothing in a tile that all modifiers of a call leave as it is. A rule whose
+    array has a gradient names it, `learned`, and gives ``learned_slope(s, b, h, i, j, p)``, the derivative of the new
+    score by the element of that array which this place reads.
 
     Attributes
     ----------
+    learned : (str, str) or None
+        Name of the array that has a gradient, and the axes it broadcasts to, such as ``("slopes", "H")``.
     softmax_only : bool
         Whether the rule has a meaning for weights that are exponentials of scores, and for no others.
     """
@@ -56,7 +56,14 @@ class Modifier(Rule):
     slope: Callable[..., Any] | None = None
     excludes: ClassVar[Callable[..., Any] | None] = None
     neutral: ClassVar[Callable[..., Any] | None] = None
+    learned: ClassVar[tuple[str, str] | None] = None
+    learned_slope: ClassVar[Callable[..., Any] | None] = None
     softmax_only: ClassVar[bool] = False
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the derivative of the new score by the old one is known."""
+        return self.slope is not None
 
     def evaluate(self, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
         """Return the new scores (B, H, M, N), in the dtype of `s`; float arrays are read in that dtype too."""
@@ -87,6 +94,39 @@ class Modifier(Rule):
         if self.neutral is None:
             return None
         return lift(self.neutral(*self._at(places), binder.bind(self.arguments(sizes))))
+
+    def derivatives(self, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
+        """Return the derivatives of the new scores by the scores `s` (B, H, M, N), in their dtype and shape."""
+        return self._derivative_array(self.slope, 1.0, s, places, sizes)
+
+    def learned_derivatives(self, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
+        """Return the derivatives of the new scores by the elements of the learned array, (B, H, M, N)."""
+        return self._derivative_array(self.learned_slope, 0.0, s, places, sizes)
+
+    def derivative_formula(self, s: Node, places: Places, sizes: Sizes, binder: Binder) -> Node:
+        """Return the formula of `derivatives`; the parameters are appended to `binder`."""
+        return self._derivative_node(self.slope, 1.0, s, places, sizes, binder)
+
+    def learned_derivative_formula(self, s: Node, places: Places, sizes: Sizes, binder: Binder) -> Node:
+        """Return the formula of `learned_derivatives`; the parameters are appended to `binder`."""
+        return self._derivative_node(self.learned_slope, 0.0, s, places, sizes, binder)
+
+    def _derivative_array(self, function: Any, unchanged: float, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
+        """Return a derivative in NumPy; `unchanged` is what it is where the rule leaves the score as it is."""
+        p = tuple(_in_dtype(x, s.dtype) for x in self.arguments(sizes))
+        result = np.broadcast_to(np.asarray(function(s, *self._at(places), p), s.dtype), s.shape)
+        if self.neutral is None:
+            return result
+        return np.where(self.neutral(*self._at(places), p), s.dtype.type(unchanged), result)
+
+    def _derivative_node(
+        self, function: Any, unchanged: float, s: Node, places: Places, sizes: Sizes, binder: Binder
+    ) -> Node:
+        p = binder.bind(self.arguments(sizes))
+        result = cast(function(s, *self._at(places), p), "float")
+        if self.neutral is None or (result.op == "const" and result.data == unchanged):
+            return result
+        return select(self.neutral(*self._at(places), p), unchanged, result)
 
 
 def _in_dtype(param: Param, dtype: np.dtype[Any]) -> Param:
@@ -162,6 +202,7 @@ class Bias(Modifier):
     """
 
     array: AnyArray
+    learned: ClassVar[tuple[str, str]] = ("array", "BHMN")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "array", floats("Bias", "array", self.array, 4))
@@ -175,6 +216,10 @@ class Bias(Modifier):
 
     @staticmethod
     def slope(s: Any, b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
+        return 1.0
+
+    @staticmethod
+    def learned_slope(s: Any, b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
         return 1.0
 
     @staticmethod
@@ -206,6 +251,7 @@ class ALiBi(Modifier):
 
     slopes: Any
     positional: ClassVar[bool] = True
+    learned: ClassVar[tuple[str, str]] = ("slopes", "H")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slopes", floats("ALiBi", "slopes", self.slopes, 1))
@@ -220,6 +266,10 @@ class ALiBi(Modifier):
     @staticmethod
     def slope(s: Any, b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
         return 1.0
+
+    @staticmethod
+    def learned_slope(s: Any, b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
+        return -1.0 * abs(i - j)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +294,7 @@ class Temperature(Modifier):
     """
 
     t: Any
+    learned: ClassVar[tuple[str, str]] = ("t", "BHM")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "t", floats("Temperature", "t", self.t, 3))
@@ -258,6 +309,10 @@ class Temperature(Modifier):
     @staticmethod
     def slope(s: Any, b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
         return 1.0 / p[0][b, h, i]
+
+    @staticmethod
+    def learned_slope(s: Any, b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
+        return -s / (p[0][b, h, i] * p[0][b, h, i])
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,6 +363,16 @@ class ReplaceExcluded(Modifier):
 
     def evaluate(self, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
         return np.where(self.mask.evaluate(places, sizes), s, np.asarray(self.value, s.dtype))
+
+    @property
+    def differentiable(self) -> bool:
+        return True
+
+    def derivatives(self, s: AnyArray, places: Places, sizes: Sizes) -> AnyArray:
+        return np.broadcast_to(self.mask.evaluate(places, sizes), s.shape).astype(s.dtype)
+
+    def derivative_formula(self, s: Node, places: Places, sizes: Sizes, binder: Binder) -> Node:
+        return select(self.mask.formula(places, sizes, binder).allowed, 1.0, 0.0)
 
     def formula(self, s: Node, places: Places, sizes: Sizes, binder: Binder) -> Node:
         (value,) = binder.bind(self.arguments(sizes))
@@ -367,94 +432,6 @@ class CustomModifier(Modifier):
         for function in (self.apply, self.slope):
             if function is not None:
                 yield cast(function(symbol("s", "float"), *self._at(SYMBOLS), p), "float")
-
-
-@dataclass(frozen=True, eq=False)
-class Dropout:
-    """Zero weights at random and divide the others by ``1 - rate``; after the normalizer. Positional.
-
-    The weight at (b, h, i, j) is zeroed when word ``j % 4`` of Philox4x32-10 with key `seed` and counter ``(b, h, i,
-    j // 4)`` is below ``rate * 2**32``; so which ones are zeroed depends on nothing else. With one seed for each
-    sequence the counter has 0 for b, and a sequence's dropout does not depend on its place in the batch.
-
-    Parameters
-    ----------
-    rate : float
-        Share of weights to zero, ``0 <= rate < 1``.
-    seed : int or int array (B,)
-        0 to ``2**64 - 1``: the low half is the first word of the key, the high half the second.
-
-    Raises
-    ------
-    TypeError
-        If `rate` is not a number or `seed` not of integers.
-    ValueError
-        If one is out of range, or the seeds do not fit the number of sequences.
-
-    References
-    ----------
-    N. Srivastava et al. (2014), "Dropout: a simple way to prevent neural networks from overfitting". Philox: J. K.
-    Salmon et al. (2011), "Parallel random numbers: as easy as 1, 2, 3".
-    """
-
-    rate: float
-    seed: Any
-    positional: ClassVar[bool] = True
-    uses_positions: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        rate = real_number("Dropout", "rate", self.rate)
-        if not 0 <= rate < 1:
-            raise ValueError(f"Dropout: rate is {rate}; needed 0 <= rate < 1")
-        object.__setattr__(self, "rate", rate)
-        seeds = as_array(self.seed, "Dropout", "seed")
-        if seeds.dtype.kind not in "iu":
-            raise TypeError(f"Dropout: seed has dtype {seeds.dtype}; needed integers from 0 to 2**64 - 1")
-        if seeds.ndim > 1:
-            raise ValueError(
-                f"Dropout: seed has shape {seeds.shape}; needed one integer, or one for each sequence, (B,)"
-            )
-        if seeds.size and seeds.min() < 0:
-            raise ValueError(f"Dropout: seed is {seeds.min()}; needed at least 0")
-        object.__setattr__(self, "seed", frozen(seeds, np.uint64) if seeds.ndim else int(seeds))
-
-    @property
-    def threshold(self) -> int:
-        """Words below this are dropped: the least integer not below ``rate * 2**32``."""
-        return math.ceil(self.rate * 2**32)
-
-    @property
-    def by_sequence(self) -> bool:
-        """Whether each sequence has its own seed (and the counter 0 for b)."""
-        return isinstance(self.seed, np.ndarray)
-
-    def keys(self, sizes: Sizes) -> AnyArray:
-        """Return the two key words of each sequence, uint32 (B, 2).
-
-        Raises
-        ------
-        ValueError
-            If there are seeds for another number of sequences.
-        """
-        if self.by_sequence and self.seed.shape != (sizes.B,):
-            raise ValueError(f"Dropout: seed has shape {self.seed.shape}; needed one integer, or (B,) = ({sizes.B},)")
-        seeds = np.broadcast_to(np.asarray(self.seed, np.uint64), (sizes.B,))
-        return np.stack([seeds & np.uint64(2**32 - 1), seeds >> np.uint64(32)], axis=-1).astype(np.uint32)
-
-    def kept(self, places: Places, sizes: Sizes) -> AnyArray:
-        """Return which weights are kept, a boolean array (B, H, M, N)."""
-        result = np.empty((sizes.B, sizes.H, sizes.M, sizes.N), np.bool_)
-        if result.size == 0:
-            return result
-        heads = np.arange(sizes.H)[:, None, None]
-        for b, key in enumerate(self.keys(sizes)):
-            i, j = (np.broadcast_to(x, (sizes.B, *x.shape[1:]))[b].ravel() for x in (places.i, places.j))
-            first = j.min() // 4
-            groups = np.arange(first, j.max() // 4 + 1)
-            counter = (0 if self.by_sequence else b, heads, i[None, :, None], groups[None, None, :])
-            words = np.stack(philox4x32(counter, key), axis=-1)  # (H, M, groups, 4)
-            result[b] = words[:, :, j // 4 - first, j % 4] >= self.threshold
-        return result
 
 
 def as_modifiers(x: object) -> tuple[Modifier, ...]:

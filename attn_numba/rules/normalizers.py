@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,10 @@ __all__ = ["DoubleSoftmax", "Entmax15", "Normalizer", "Softmax", "Sparsemax"]
 class Normalizer:
     """What normalizers share.
 
+    A subclass gives `slope`, a static function of a weight. With ``g = slope(w)`` and the gradient ``dw`` by the
+    weights, the gradient by the scores is ``g * (dw - sum(g * dw) / sum(g))``, both sums over the row and the sink,
+    whose ``dw`` is 0.
+
     Attributes
     ----------
     streams : bool
@@ -23,6 +28,7 @@ class Normalizer:
     """
 
     streams: ClassVar[bool] = False
+    slope: Callable[[Any], Any]
 
     def check(self, sizes: Sizes) -> None:
         """Check the normalizer against one call.
@@ -70,6 +76,10 @@ class Softmax(Normalizer):
     def check(self, sizes: Sizes) -> None:
         self.sink_array(sizes)
 
+    @staticmethod
+    def slope(w: Any) -> Any:
+        return w
+
     def sink_array(self, sizes: Sizes) -> AnyArray | None:
         """Return the sink of each query head as a float64 array (B, H), or None if there is none."""
         if self.sink is None:
@@ -90,6 +100,10 @@ class Sparsemax(Normalizer):
     multi-label classification", equations 2 and 3, algorithm 1.
     """
 
+    @staticmethod
+    def slope(w: Any) -> Any:
+        return (w > 0) * 1.0
+
 
 @dataclass(frozen=True)
 class Entmax15(Normalizer):
@@ -100,6 +114,10 @@ class Entmax15(Normalizer):
     B. Peters, V. Niculae and A. F. T. Martins (2019), "Sparse sequence-to-sequence models", equation 10 with alpha =
     1.5, algorithm 2.
     """
+
+    @staticmethod
+    def slope(w: Any) -> Any:
+        return np.sqrt(w)
 
 
 @dataclass(frozen=True)
@@ -113,3 +131,8 @@ class DoubleSoftmax(Normalizer):
     ----------
     Each of the two steps: A. Vaswani et al. (2017), "Attention is all you need", equation 1. Their sequence is ours.
     """
+
+    @staticmethod
+    def slope(w: Any) -> Any:
+        """Return the slope of each of the two steps, of the weights that it makes."""
+        return w

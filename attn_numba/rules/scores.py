@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from attn_numba.rules.data import AnyArray, floats
+from attn_numba.rules.data import AnyArray, floats, gathered
 from attn_numba.rules.places import Sizes
 
 __all__ = ["Additive", "Bilinear", "Cosine", "Dot", "Score"]
@@ -52,6 +52,35 @@ class Score:
         scores: AnyArray = q @ k.swapaxes(2, 3)
         return scores
 
+    def between_gradients(
+        self, q: AnyArray, k: AnyArray, ds: AnyArray, allowed: AnyArray
+    ) -> tuple[AnyArray, AnyArray, dict[str, AnyArray]]:
+        """Return gradients by what `between` was given, and by arrays of the score that it reads, by name.
+
+        `ds` (B, H, M, N) is the gradient by the scores, 0 where not `allowed`; what is not allowed may hold anything.
+        Only for scores that are not `dots`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no gradients of its own: it is a dot product")
+
+    def pulled(
+        self, q: AnyArray, k: AnyArray, dq: AnyArray, dk: AnyArray
+    ) -> tuple[AnyArray, AnyArray, dict[str, AnyArray]]:
+        """Return gradients by q and k, and by arrays of the maps, by name, from those by the mapped rows.
+
+        Parameters
+        ----------
+        q, k : arrays (B, H, M, D), (B, Hk, N, D)
+            Rows before their maps; one whose gradient is 0 throughout may hold anything.
+        dq, dk : arrays (B, H, M, ...), (B, Hk, N, ...)
+            Gradients by the mapped rows.
+
+        Returns
+        -------
+        tuple of array (B, H, M, D), array (B, Hk, N, D), dict of str to array
+            Gradients by q, by k, and by the score's arrays in the shapes they were given.
+        """
+        return dq, dk, {}
+
 
 @dataclass(frozen=True)
 class Dot(Score):
@@ -78,6 +107,11 @@ class Cosine(Score):
 
     def mapped(self, q: AnyArray, k: AnyArray) -> tuple[AnyArray, AnyArray]:
         return _unit(q), _unit(k)
+
+    def pulled(
+        self, q: AnyArray, k: AnyArray, dq: AnyArray, dk: AnyArray
+    ) -> tuple[AnyArray, AnyArray, dict[str, AnyArray]]:
+        return _unit_gradient(q, dq), _unit_gradient(k, dk), {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +146,11 @@ class Bilinear(Score):
 
     def mapped(self, q: AnyArray, k: AnyArray) -> tuple[AnyArray, AnyArray]:
         return _projected(q, self.W), k
+
+    def pulled(
+        self, q: AnyArray, k: AnyArray, dq: AnyArray, dk: AnyArray
+    ) -> tuple[AnyArray, AnyArray, dict[str, AnyArray]]:
+        return _projected(dq, self.W.swapaxes(-1, -2)), dk, {"W": _weights_gradient(q, dq, self.W)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +213,27 @@ class Additive(Score):
             scores += w[..., unit, None, None] * np.tanh(q[..., :, None, unit] + k[..., None, :, unit])
         return scores
 
+    def between_gradients(
+        self, q: AnyArray, k: AnyArray, ds: AnyArray, allowed: AnyArray
+    ) -> tuple[AnyArray, AnyArray, dict[str, AnyArray]]:
+        w = self.w.astype(q.dtype)
+        dq, dk, dw = np.zeros_like(q), np.zeros_like(k), np.zeros((q.shape[1], w.shape[-1]), q.dtype)
+        for unit in range(w.shape[-1]):
+            t = np.where(allowed, np.tanh(q[..., :, None, unit] + k[..., None, :, unit]), 0)
+            dw[:, unit] = (ds * t).sum(axis=(0, 2, 3))
+            inner = ds * (1 - t * t) * w[..., unit, None, None]
+            dq[..., unit], dk[..., unit] = inner.sum(axis=3), inner.sum(axis=2)
+        return dq, dk, {"w": gathered(dw, self.w.shape)}
+
+    def pulled(
+        self, q: AnyArray, k: AnyArray, dq: AnyArray, dk: AnyArray
+    ) -> tuple[AnyArray, AnyArray, dict[str, AnyArray]]:
+        weights = {
+            "Wq": _weights_gradient(q, dq, self.Wq.swapaxes(-1, -2)).swapaxes(-1, -2),
+            "Wk": _weights_gradient(k, dk, self.Wk.swapaxes(-1, -2)).swapaxes(-1, -2),
+        }
+        return _projected(dq, self.Wq), _projected(dk, self.Wk), weights
+
 
 def _unit(x: AnyArray) -> AnyArray:
     """Return the rows of `x` with length 1; zero rows stay zero."""
@@ -184,6 +244,30 @@ def _unit(x: AnyArray) -> AnyArray:
         length = np.sqrt((x * x).sum(axis=-1, keepdims=True))
         rows: AnyArray = x / np.where(length == 0, 1, length)
     return rows
+
+
+def _unit_gradient(x: AnyArray, gradient: AnyArray) -> AnyArray:
+    """Return the gradient by the rows of `x` from that by `_unit` of them; 0 for a zero row, where there is none."""
+    with np.errstate(all="ignore"):
+        largest = np.abs(x).max(axis=-1, keepdims=True)
+        length = np.linalg.norm(x / largest, axis=-1, keepdims=True)
+        unit = _unit(x)
+        rows: AnyArray = (gradient - unit * (unit * gradient).sum(axis=-1, keepdims=True)) / length / largest
+    rows = np.where((largest == 0) | _unreached(gradient), 0, rows).astype(x.dtype, copy=False)
+    return rows
+
+
+def _unreached(gradient: AnyArray) -> AnyArray:
+    """Return which rows have gradient 0 throughout: no score depends on them, so they may hold anything."""
+    rows: AnyArray = (gradient == 0).all(axis=-1, keepdims=True)
+    return rows
+
+
+def _weights_gradient(x: AnyArray, gradient: AnyArray, weights: AnyArray) -> AnyArray:
+    """Return the gradient by weights (D, E) or (heads, D, E) from that by the rows of `x` times them."""
+    with np.errstate(all="ignore"):
+        rows = np.where(_unreached(gradient), 0, x)
+        return gathered(np.einsum("bhmd,bhme->hde", rows, gradient), weights.shape)
 
 
 def _projected(x: AnyArray, weights: AnyArray) -> AnyArray:
