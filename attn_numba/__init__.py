@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attn_numba import reference as reference, sequences as sequences
     from attn_numba.api import (
         attention as attention,
+        attention_vjp as attention_vjp,
         backends as backends,
         config_report as config_report,
         mask_array as mask_array,
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
         top_keys as top_keys,
         weights_of as weights_of,
     )
+    from attn_numba.layer_results import MultiHeadGradients as MultiHeadGradients, MultiHeadSaved as MultiHeadSaved
     from attn_numba.layers import SelfAttention as SelfAttention
+    from attn_numba.multi_head import MultiHeadAttention as MultiHeadAttention
     from attn_numba.parallel import set_threads as set_threads, threads as threads
     from attn_numba.recurrent import recurrent_attention as recurrent_attention
+    from attn_numba.rotations import rotary as rotary, rotary_vjp as rotary_vjp
     from attn_numba.rules import (
         AdaptiveSpan as AdaptiveSpan,
         Additive as Additive,
@@ -70,9 +74,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("attention", "merge", "mask_array", "warmup", "backends", "config_report"),
+    "api": ("attention", "attention_vjp", "merge", "mask_array", "warmup", "backends", "config_report"),
     "parallel": ("threads", "set_threads"),
     "layers": ("SelfAttention",),
+    "multi_head": ("MultiHeadAttention",),
+    "layer_results": ("MultiHeadGradients", "MultiHeadSaved"),
+    "rotations": ("rotary", "rotary_vjp"),
     "explain": ("weights_of", "entropy", "top_keys", "TopKeys", "column_sums", "rollout"),
     "recurrent": ("recurrent_attention",),
     "rules": (

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from attn_numba.api import attention
+from attn_numba.api import attention, attention_vjp
 from attn_numba.problem import host_array, is_device_array
 from attn_numba.rules import Dense, ReplaceExcluded
+from attn_numba.rules.arguments import ACCUMULATORS
 from attn_numba.rules.data import AnyArray, whole_number
 
 __all__ = ["SelfAttention"]
@@ -105,15 +106,65 @@ class SelfAttention:
             For arrays on a GPU.
         """
         states = self._states(hidden)
-        modifiers = []
-        if mask is not None:
-            modifiers.append(ReplaceExcluded(_kept_keys(mask, *states.shape[:2]), FILL / self.hidden_size))
         x = states[:, None]  # one head
-        options: dict[str, Any] = {"modifiers": modifiers, "scale": 1 / self.hidden_size, "backend": backend}
-        found = attention(x, x, x, return_weights=return_weights, **options)
+        found = attention(x, x, x, return_weights=return_weights, backend=backend, **self._rules(states, mask))
         return (found.out[:, 0], found.weights[:, 0]) if return_weights else found[:, 0]
 
     __call__ = forward
+
+    def vjp(self, hidden: Any, dout: Any, mask: Any = None, *, backend: str = "auto") -> AnyArray:
+        """Return the gradient of a loss by the hidden states, from that by their contexts.
+
+        Parameters
+        ----------
+        hidden : array (B, L, hidden_size)
+            As `forward` got it.
+        dout : array (B, L, hidden_size)
+            Gradient of the loss by the context, in the dtype of `hidden`.
+        mask : array, optional
+            As `forward` got it.
+        backend : {"auto", "reference", "cpu", "cuda"}
+            Who computes, as in `attention_vjp`.
+
+        Returns
+        -------
+        array (B, L, hidden_size)
+            In the dtype of `hidden`: of each state as a query, as a key and as a value together.
+
+        Raises
+        ------
+        TypeError
+            As `forward`; if `dout` has another dtype than `hidden`.
+        ValueError
+            As `forward`; if the shape of `dout` is not that of `hidden`.
+        NotImplementedError
+            For arrays on a GPU, and for a backend that does not compute gradients.
+
+        Notes
+        -----
+        An excluded key whose weight is not 0, in a row with no other key, has a gradient as a value: ``weights`` says
+        how much of it is in the context. Its score is the constant -1e9, which has none.
+        """
+        states = self._states(hidden)
+        if is_device_array(dout):
+            raise NotImplementedError("dout is on a GPU; SelfAttention takes arrays in host memory")
+        gradient = host_array(dout, "dout")
+        if gradient.dtype != states.dtype:
+            raise TypeError(f"dout has dtype {gradient.dtype.name}; hidden has {states.dtype.name}")
+        if gradient.shape != states.shape:
+            raise ValueError(f"dout has shape {gradient.shape}; needed that of hidden, {states.shape}")
+        x = states[:, None]
+        found = attention_vjp(x, x, x, gradient[:, None], backend=backend, **self._rules(states, mask))
+        with np.errstate(all="ignore"):
+            dq, dk, dv = (part[:, 0].astype(ACCUMULATORS[states.dtype.name]) for part in (found.q, found.k, found.v))
+            return (dq + dk + dv).astype(states.dtype)
+
+    def _rules(self, states: AnyArray, mask: Any) -> dict[str, Any]:
+        """Return the rules of the call of attention."""
+        modifiers = []
+        if mask is not None:
+            modifiers.append(ReplaceExcluded(_kept_keys(mask, *states.shape[:2]), FILL / self.hidden_size))
+        return {"modifiers": modifiers, "scale": 1 / self.hidden_size}
 
     def _states(self, hidden: Any) -> AnyArray:
         if is_device_array(hidden):

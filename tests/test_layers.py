@@ -162,8 +162,64 @@ def test_two_axes_mean_queries_and_keys_even_if_there_are_as_many_sequences():
     np.testing.assert_array_equal(an.SelfAttention(8)(hidden, mask)[1], an.SelfAttention(8)(hidden, mask[None])[1])
 
 
+@pytest.fixture
+def vjp_backend(backend):
+    """Each backend that computes gradients here."""
+    x = np.zeros((1, 1))
+    try:
+        an.attention_vjp(x, x, x, x, backend=backend)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    return backend
+
+
+@pytest.mark.parametrize("name", masks(2, 2))
+def test_gradient_by_autograd(name, vjp_backend):
+    torch = pytest.importorskip("torch")
+    hidden, dout, mask = states(), states(seed=1), masks(3, 50)[name]
+    leaf = torch.tensor(hidden, requires_grad=True)
+    scores = leaf @ leaf.transpose(1, 2)
+    if mask is not None:
+        scores = torch.where(torch.tensor(np.asarray(mask) == 0), torch.tensor(-1e9, dtype=torch.float64), scores)
+    (((scores / 24).softmax(-1) @ leaf) * torch.tensor(dout)).sum().backward()
+    found = an.SelfAttention(24).vjp(hidden, dout, mask, backend=vjp_backend)
+    np.testing.assert_allclose(found, leaf.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_gradient_by_central_differences(vjp_backend):
+    """The slope along one direction is the gradient times the direction."""
+    hidden, dout, direction, layer = states(), states(seed=1), states(seed=2), an.SelfAttention(24)
+    mask, step = masks(3, 50)["empty rows"], 1e-5
+    above, below = (layer(hidden + s * direction, mask, return_weights=False) for s in (step, -step))
+    slope = ((above - below) * dout).sum() / (2 * step)
+    found = layer.vjp(hidden, dout, mask, backend=vjp_backend)
+    np.testing.assert_allclose((found * direction).sum(), slope, rtol=1e-6)
+
+
+def test_gradient_worked_by_hand(vjp_backend):
+    """One state attends to itself alone; of two with equal scores each context moves half with either state."""
+    found = an.SelfAttention(1).vjp(np.array([[[3.0]]]), np.array([[[5.0]]]), backend=vjp_backend)
+    np.testing.assert_array_equal(found, [[[5.0]]])
+    zeros = np.zeros((1, 2, 1))
+    np.testing.assert_array_equal(an.SelfAttention(1).vjp(zeros, zeros + 1, backend=vjp_backend), zeros + 1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 0.02), ("bfloat16", 0.1)])
+def test_gradient_of_narrower_dtypes(dtype, tolerance, vjp_backend):
+    name = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    hidden, dout = states(dtype=name), states(dtype=name, seed=1)
+    found = an.SelfAttention(24).vjp(hidden, dout, backend=vjp_backend)
+    wanted = an.SelfAttention(24).vjp(hidden.astype(float), dout.astype(float), backend="reference")
+    assert found.dtype == hidden.dtype
+    np.testing.assert_allclose(found.astype(float), wanted, rtol=tolerance, atol=tolerance)
+
+
 def layer():
     return an.SelfAttention(8)
+
+
+def differentiated(hidden, dout):
+    return layer().vjp(hidden, dout, backend="reference")
 
 
 REFUSED = [
@@ -184,6 +240,10 @@ REFUSED = [
     (lambda: layer()(states(2, 3, 8), an.Causal()), TypeError, "mask is Causal"),
     (lambda: layer()(states(2, 3, 8), np.full((3, 3), np.nan)), ValueError, "mask holds NaN"),
     (lambda: layer()(states(2, 3, 8), backend="metal"), ValueError, "backend is 'metal'"),
+    (lambda: differentiated(states(2, 3, 8), states(2, 4, 8)), ValueError, "dout has shape (2, 4, 8); needed that of"),
+    (lambda: differentiated(states(2, 3, 8), states(2, 3, 8, "f4")), TypeError, "dout has dtype float32; hidden has"),
+    (lambda: differentiated(states(2, 3, 9), states(2, 3, 9)), ValueError, "hidden has states of size 9"),
+    (lambda: differentiated(states(2, 3, 8), [0.0]), TypeError, "dout is list; needed an array"),
 ]
 
 

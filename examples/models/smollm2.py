@@ -97,9 +97,6 @@ class SmolLM2:
         self.keys = np.empty((config.layers, capacity, config.key_heads, config.head_size), np.float32)
         self.values = np.empty_like(self.keys)
         self.length = 0
-        frequencies = config.base ** (-np.arange(0, config.head_size, 2) / config.head_size)
-        angles = np.outer(np.arange(capacity), frequencies)  # (capacity, D / 2)
-        self.rotations = np.exp(1j * angles).astype(np.complex64)
 
     def forward(self, ids: Sequence[int], *, every: bool = False, record: Record | None = None) -> Array:
         """Return the logits of the token that follows, having appended `ids` to the sequence.
@@ -118,17 +115,22 @@ class SmolLM2:
         array
             `(M, vocabulary)` if `every`, else `(1, vocabulary)`; logits, natural.
         """
-        count, head_size = len(ids), self.config.head_size
+        count, head_size, base = len(ids), self.config.head_size, self.config.base
         start, stop = self.length, self.length + count
-        rotations = self.rotations[start:stop, None]  # (M, 1, D / 2): the same for every head
+        positions = np.arange(start, stop)
         hidden = self.embedding[np.asarray(ids)]
         for index, (layer, keys, values) in enumerate(zip(self.layers, self.keys, self.values, strict=True)):
             x = self._normalize(hidden, layer["attn_norm"])
-            queries = rotate((x @ layer["attn_q"].T).reshape(count, -1, head_size), rotations)
-            keys[start:stop] = rotate((x @ layer["attn_k"].T).reshape(count, -1, head_size), rotations)
+            # Queries and keys side by side, (heads, M, D); GGUF orders their numbers so that neighbors make a pair.
+            both = np.concatenate([x @ layer["attn_q"].T, x @ layer["attn_k"].T], axis=1)
+            turned = an.rotary(
+                both.reshape(count, -1, head_size).swapaxes(0, 1), positions, base=base, pairs="neighbors"
+            )
+            q = turned[: self.config.heads]
+            keys[start:stop] = turned[self.config.heads :].swapaxes(0, 1)
             values[start:stop] = (x @ layer["attn_v"].T).reshape(count, -1, head_size)
             # Views of (tokens, heads, D) as (heads, tokens, D): nothing is copied, however long the cache grows.
-            q, k, v = (rows.swapaxes(0, 1) for rows in (queries, keys[:stop], values[:stop]))
+            k, v = (rows.swapaxes(0, 1) for rows in (keys[:stop], values[:stop]))
             if record is not None:
                 record[index] = q, k, v
             out = an.attention(q, k, v, mask=an.Causal(), query_offset=start, backend=self.backend)
@@ -154,14 +156,6 @@ class SmolLM2:
                 return
             yield token
             following = [token]
-
-
-def rotate(x: Array, rotations: NDArray[np.complex64]) -> Array:
-    """Return `x` `(M, H, D)` with each pair of neighboring numbers turned by its angle.
-
-    GGUF orders the rows of Llama's projections so that neighbors make a pair; here a pair is one complex number.
-    """
-    return (x.view(np.complex64) * rotations).view(np.float32)
 
 
 def load(path: Path, *, backend: str = "auto") -> tuple[SmolLM2, Tokenizer]:
