@@ -18,7 +18,15 @@ from attn_numba.parallel import thread_count
 from attn_numba.partition import merge
 from attn_numba.problem import Problem
 from attn_numba.rules import as_mask, places_of
-from attn_numba.rules.arguments import ANY_DTYPE, DTYPES, check_lse, check_offsets
+from attn_numba.rules.arguments import (
+    ANY_DTYPE,
+    DTYPES,
+    check_differentiable,
+    check_gradient,
+    check_lse,
+    check_offsets,
+    check_saved,
+)
 from attn_numba.rules.results import Gradients, result_of
 
 __all__ = ["attention", "attention_vjp", "backends", "config_report", "mask_array", "merge", "warmup"]
@@ -191,7 +199,7 @@ def attention_vjp(
     saved : (out, lse), optional
         What `attention` returned for the same call with `return_lse`, of `Softmax`; without it, computed again.
     backend : {"auto", "reference", "cpu", "cuda"}
-        Who computes, as in `attention`. So far "reference" alone.
+        Who computes, as in `attention`.
     stream : int or stream, optional
         As in `attention`.
 
@@ -233,19 +241,40 @@ def attention_vjp(
     (array([1.833, 0.833, 0.333]), array(1.91666667))
     """
     name = choose_backend(backend, q, k, v, dout, cuda=True)
-    if name != "reference":
-        raise NotImplementedError(f"backend {name!r} does not compute gradients; 'reference' does")
+    if name not in ("reference", "cpu"):
+        raise NotImplementedError(f"backend {name!r} does not compute gradients; 'reference' and 'cpu' do")
     if stream is not None:
         raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
     rules = {
         "mask": mask, "modifiers": modifiers, "score": score, "normalizer": normalizer, "scale": scale,
         "query_offset": query_offset, "key_offset": key_offset, "dropout": dropout,
     }  # fmt: skip
-    arrays = (problems.host_array(x, label) for x, label in ((q, "q"), (k, "k"), (v, "v"), (dout, "dout")))
-    from attn_numba import reference
+    q, k, v, dout = (problems.host_array(x, label) for x, label in ((q, "q"), (k, "k"), (v, "v"), (dout, "dout")))
+    if name == "reference":
+        from attn_numba import reference
 
-    found: Gradients = reference.attention_vjp(*arrays, **rules, saved=saved)
-    return found
+        found: Gradients = reference.attention_vjp(q, k, v, dout, **rules, saved=saved)
+        return found
+    return _cpu_gradients(q, k, v, dout, saved, rules)
+
+
+def _cpu_gradients(q: Any, k: Any, v: Any, dout: Any, saved: Any, rules: dict[str, Any]) -> Gradients:
+    problem = problems.check(q, k, v, **rules)
+    check_differentiable(problem.modifiers)
+    s = problem.sizes
+    shape = (s.B, s.H, s.M, s.E)[4 - problem.rank :]
+    check_gradient(dout.shape, dout.dtype.name, shape, problem.dtype)
+    out, lse = check_saved(saved, problem.normalizer, shape, problem.dtype)
+    if saved is not None:
+        saved = np.asarray(out).reshape(s.B, s.H, s.M, s.E), np.asarray(lse).reshape(s.B, s.H, s.M)
+    from attn_numba.cpu.gradients import attention_vjp as on_cpu
+
+    dq, dk, dv, learned = on_cpu(problem, dout.reshape(s.B, s.H, s.M, s.E), saved)
+    with np.errstate(all="ignore"):
+        dq, dk, dv = (
+            x.reshape(given.shape).astype(given.dtype, copy=False) for x, given in ((dq, q), (dk, k), (dv, v))
+        )
+    return Gradients(dq, dk, dv, learned.found())
 
 
 def ranked(array: Any, rank: int) -> Any:

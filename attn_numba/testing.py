@@ -21,6 +21,7 @@ import numpy as np
 
 from attn_numba.api import attention, backends
 from attn_numba.comparison import largest_difference
+from attn_numba.gradient_checks import LAST_PLACES, check_attention_vjp
 from attn_numba.reference import attention as reference_attention
 from attn_numba.rules import SYMBOLS, Mask, Modifier, Places, Sizes, Softmax, as_mask, as_modifiers, places_of
 from attn_numba.rules.arguments import check_normalizer, check_offsets
@@ -28,11 +29,10 @@ from attn_numba.rules.base import Rule
 from attn_numba.rules.data import AnyArray
 from attn_numba.rules.formula import Binder, evaluate, symbol
 
-__all__ = ["check_attention", "check_rule", "check_slope", "check_tiles", "check_trace"]
+__all__ = ["check_attention", "check_attention_vjp", "check_rule", "check_slope", "check_tiles", "check_trace"]
 
 SHAPES = ((2, 2, 21, 34), (1, 3, 50, 50), (1, 1, 1, 200))
 TILES = 300  # tiles looked at, beside the whole and single elements
-LAST_PLACES = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 DEPTH, WIDTH = 16, 8  # head and value size of the arrays that rules are run on
 
 

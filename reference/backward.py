@@ -31,7 +31,7 @@ from attn_numba.rules.arguments import (
     check_saved,
 )
 from attn_numba.rules.data import gathered
-from attn_numba.rules.results import Gradients
+from attn_numba.rules.results import Gradients, Learned
 
 
 def attention_vjp(
@@ -117,7 +117,7 @@ def attention_vjp(
     if out is not None:
         _require_same(np.asarray(out), np.asarray(lse), call, found)
 
-    sizes, precision, learned = call.sizes, call.precision, _Learned(ACCUMULATORS[dtype])
+    sizes, precision, learned = call.sizes, call.precision, Learned(ACCUMULATORS[dtype])
     allowed = found.allowed
     with np.errstate(all="ignore"):  # excluded places may hold anything
         douts = precision.inputs(dout).reshape(sizes.B, sizes.H, sizes.M, sizes.E)
@@ -177,25 +177,6 @@ def _step(
     total = g.sum(axis=-1) + (0 if of_sink is None else normalizer.slope(of_sink))
     mean = np.where(total == 0, 0, (g * dw).sum(axis=-1) / total)  # a row with no key at all
     return np.where(allowed, g * (dw - mean[..., None]), 0).astype(w.dtype), mean.astype(w.dtype)
-
-
-class _Learned:
-    """Gradients by the arrays of rules; a rule that is used twice has one, the sum."""
-
-    def __init__(self, dtype: np.dtype) -> None:
-        self.dtype = dtype
-        self.rules: dict[int, tuple[Any, dict[str, np.ndarray]]] = {}
-
-    def add(self, rule: Any, arrays: dict[str, np.ndarray]) -> None:
-        known = self.rules.setdefault(id(rule), (rule, {}))[1] if arrays else {}
-        for name, array in arrays.items():
-            known[name] = known[name] + array if name in known else array
-
-    def found(self) -> list[tuple[Any, dict[str, np.ndarray]]]:
-        return [
-            (rule, {name: np.asarray(array, self.dtype) for name, array in arrays.items()})
-            for rule, arrays in self.rules.values()
-        ]
 
 
 def _require_same(out: np.ndarray, lse: np.ndarray, call: Call, found: Steps) -> None:

@@ -38,8 +38,8 @@ _add_tile, _add_row = (_additive_tile(rows) for rows in (ROWS, 1))
 
 
 @compiled
-def additive_scores(call, keys, strip, queries, weights, runs, count, rows, unit):
-    """Fill a tile's stretches of the strip with scores of mapped queries and packed mapped keys.
+def additive_scores(call, keys, strip, queries, queries_row, weights, runs, count, rows, unit):
+    """Fill a tile's stretches of the strip with scores of mapped queries, `queries_row` words apart, and packed keys.
 
     Many hidden units are summed in chains of `DEPTH_CHAIN`, so that they gather no rounding errors.
     """
@@ -56,8 +56,8 @@ def additive_scores(call, keys, strip, queries, weights, runs, count, rows, unit
                 b, w = keys + (u * keys_row + column) * word, weights + u * word
                 a, c = queries + u * word, strip + column * word
                 for r in range(0, tiled, ROWS):
-                    left, to = a + r * units * word, c + r * length * word
-                    _add_tile(unit, left, units, b, keys_row, to, length, w, chain)
+                    left, to = a + r * queries_row * word, c + r * length * word
+                    _add_tile(unit, left, queries_row, b, keys_row, to, length, w, chain)
                 for r in range(tiled, rows):
-                    left, to = a + r * units * word, c + r * length * word
-                    _add_row(unit, left, units, b, keys_row, to, length, w, chain)
+                    left, to = a + r * queries_row * word, c + r * length * word
+                    _add_row(unit, left, queries_row, b, keys_row, to, length, w, chain)

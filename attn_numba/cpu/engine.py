@@ -27,19 +27,26 @@ NORMALIZERS = {
 }
 
 
-def attention(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights: np.ndarray | None) -> None:
-    """Compute a call into `out` (B, H, M, E), `lse` (B, H, M) and `weights` (B, H, M, N, zeros on entry).
+def attention(
+    problem: Problem,
+    out: np.ndarray,
+    lse: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    row_facts: np.ndarray | None = None,
+) -> None:
+    """Compute a call into `out` (B, H, M, E) and, where they are given, into the others.
 
-    The last two may be None.
+    Those are `lse` (B, H, M), `weights` (B, H, M, N, zeros on entry) and `row_facts` (B, H, M, ROW_FACTS), float64:
+    what made each row's weights sum to 1, as `rows.write_facts` tells.
 
     Every element of the results is written by one worker.
     """
     inner = prepared(problem)
     result = out if inner.dtype == problem.dtype else np.empty(out.shape, inner.q.dtype)
-    if isinstance(inner.score, Dot) and isinstance(inner.normalizer, Softmax):
-        _stream(inner, result, lse, weights)
+    if streams(inner):
+        _stream(inner, result, lse, weights, row_facts)
     else:
-        _look_at_rows(inner, range(inner.sizes.M), out=result, lse=lse, weights=weights)
+        _look_at_rows(inner, range(inner.sizes.M), out=result, lse=lse, weights=weights, row_facts=row_facts)
     if result is not out:
         out[...] = result
 
@@ -72,6 +79,11 @@ def explain(
     _look_at_rows(problem, rows, weights=weights, entropy=entropy, top=top, sums=sums)
 
 
+def streams(problem: Problem) -> bool:
+    """Whether a call is of the kind that is computed tile by tile: the softmax of dot products."""
+    return isinstance(problem.score, Dot) and isinstance(problem.normalizer, Softmax)
+
+
 def prepared(problem: Problem) -> Problem:
     """Return the same call as kernels take it: q and k mapped by its score, in a dtype that the processor can read."""
     return mapped(_widened(problem))
@@ -96,9 +108,15 @@ def _widened(problem: Problem) -> Problem:
     return problem._replace(q=q, k=k, v=v, dtype="float32")
 
 
-def _stream(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights: np.ndarray | None) -> None:
+def _stream(
+    problem: Problem,
+    out: np.ndarray,
+    lse: np.ndarray | None,
+    weights: np.ndarray | None,
+    row_facts: np.ndarray | None,
+) -> None:
     """Run a call tile by tile: the softmax of dot products."""
-    threads = thread_count()[0] if _multiply_adds(problem.sizes) > SMALL else 1
+    threads = thread_count()[0] if multiply_adds(problem.sizes) > SMALL else 1
     with Team(threads - 1) as team:  # first: it takes them longer to wake than all of what follows
         bound = bind(problem)
         unit = unit_of(problem.dtype, problem.dropout is not None)
@@ -106,7 +124,7 @@ def _stream(problem: Problem, out: np.ndarray, lse: np.ndarray | None, weights: 
         worker = compile_worker(forward.WORKERS[unit.name, bound.run_count > 0, weights is not None])
         sink = _sink(problem)
         space = borrow(plan.part_bytes * plan.threads)
-        space.write(_call(problem, bound, space.parts, out, lse, weights, sink), plan.layout)
+        space.write(call_record(problem, bound, space.parts, out, lse, row_facts, weights, sink), plan.layout)
         team.run(worker, space.state, plan.threads)
         give_back(space)
 
@@ -117,13 +135,14 @@ def _look_at_rows(
     out: np.ndarray | None = None,
     lse: np.ndarray | None = None,
     weights: np.ndarray | None = None,
+    row_facts: np.ndarray | None = None,
     entropy: np.ndarray | None = None,
     top: tuple[np.ndarray, np.ndarray] | None = None,
     sums: np.ndarray | None = None,
 ) -> None:
     """Run a call row by row: any score and any normalizer, for the output or (without `out`) for what explains it."""
     sizes = problem.sizes._replace(M=len(rows), E=0 if out is None else problem.sizes.E)
-    threads = thread_count()[0] if _multiply_adds(sizes) > SMALL else 1
+    threads = thread_count()[0] if multiply_adds(sizes) > SMALL else 1
     with Team(threads - 1) as team:
         bound = bind(problem)
         unit = unit_of(problem.dtype, True)
@@ -135,14 +154,14 @@ def _look_at_rows(
         if sums is not None:  # each block of rows sums on its own
             parts = np.zeros((sizes.B, sizes.H, plan.blocks, plan.columns), problem.accumulator)
         space = borrow(plan.part_bytes * plan.threads)
-        call = _call(problem, bound, space.parts, out, lse, weights, sink)
+        call = call_record(problem, bound, space.parts, out, lse, row_facts, weights, sink)
         keys, largest = (None, None) if top is None else top
         whole = WholeRows(
             NORMALIZERS[type(problem.normalizer)],
-            _address(hidden), 0 if hidden is None or hidden.ndim == 1 else hidden.strides[0],
+            address(hidden), 0 if hidden is None or hidden.ndim == 1 else hidden.strides[0],
             plan.keys_bytes, rows.start, rows.stop,
-            _address(entropy), _address(keys), _address(largest), 0 if keys is None else keys.shape[-1],
-            _address(parts), plan.columns,
+            address(entropy), address(keys), address(largest), 0 if keys is None else keys.shape[-1],
+            address(parts), plan.columns,
         )  # fmt: skip
         space.write(call, plan.layout, whole)
         team.run(worker, space.state, plan.threads)
@@ -151,17 +170,21 @@ def _look_at_rows(
         sums[...] = parts[..., : sizes.N].sum(axis=2, dtype=np.float64)
 
 
-def _call(problem: Problem, bound: Bound, parts: int, out, lse, weights, sink) -> Call:
+def call_record(
+    problem: Problem, bound: Bound, parts: int, out=None, lse=None, row_facts=None, weights=None, sink=None
+) -> Call:
+    """Return the record of a call's arrays and hooks."""
     q, k, v = problem.q, problem.k, problem.v
     return Call(
         bound.factor, parts,
-        _address(q), *q.strides, _address(k), *k.strides, _address(v), *v.strides,
-        _address(out), *(out.strides if out is not None else (0,) * 4),
-        _address(lse), _address(weights), _address(sink), *bound.hooks, bound.address,
+        address(q), *q.strides, address(k), *k.strides, address(v), *v.strides,
+        address(out), *(out.strides if out is not None else (0,) * 4),
+        address(lse), address(row_facts), address(weights), address(sink), *bound.hooks, bound.address,
     )  # fmt: skip
 
 
-def _multiply_adds(s: Sizes) -> int:
+def multiply_adds(s: Sizes) -> int:
+    """Return the multiply-adds of a call that sees all keys."""
     return s.B * s.H * s.M * s.N * (s.D + s.E)
 
 
@@ -171,7 +194,8 @@ def _in_place(problem: Problem, unit: Unit) -> bool:
     return unit.kind == SAME and beside == unit.word and problem.sizes.E % unit.lanes == 0 and step % unit.word == 0
 
 
-def _address(array: np.ndarray | None) -> int:
+def address(array: np.ndarray | None) -> int:
+    """Return where an array's first element is; 0 for None."""
     if array is None:
         return 0
     return _word.from_address(_pointer(array.__array_struct__, None) + DATA).value or 0

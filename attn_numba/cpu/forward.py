@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from attn_numba.cpu.keys import clear_marks, mark_rows, pack_tile, plan_ahead
-from attn_numba.cpu.rows import clear, compiled, inlined, read_row, write_row
+from attn_numba.cpu.rows import ROW_FACTS, clear, compiled, inlined, read_row, write_facts, write_row
 from attn_numba.cpu.softmax import attend_rows, divided, score_rows
 from attn_numba.cpu.state import call_of
 from attn_numba.cpu.strips import attend_strips, begin_strips, mark_strips, score_strips
@@ -77,6 +77,9 @@ def _finish(call, space, b, h, i0, g, rows, unit):
         write_row(out, call.out_e, source, call.E, inverse, call, number)
         if call.lse:
             store_number(number, call.lse + ((b * call.H + h) * call.M + i0 + r) * word, lse)
+        if call.row_facts:
+            to = call.row_facts + ((b * call.H + h) * call.M + i0 + r) * 8 * ROW_FACTS
+            write_facts(to, load_number(number, space + call.largest_at + state), inverse, 0.0, lse)
         store_number(number, space + call.total_at + state, inverse)
 
 

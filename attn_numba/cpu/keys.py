@@ -34,7 +34,7 @@ AHEAD_HEAD = 64
 
 
 @compiled
-def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
+def classify(call, kinds, b, h, i0, i1, j0, j1, unit):
     """Write NONE, SOME or ALL for each vector of keys of the tile as rows i0 to i1 see it; return 0 if none is seen.
 
     The question is put for the whole tile, then for panels, then for single vectors, as long as the answer is SOME.
@@ -65,22 +65,28 @@ def _classify(call, kinds, b, h, i0, i1, j0, j1, unit):
 @inlined
 def pack_keys(call, space, to, keys, j0, unit):
     """Transpose one vector of keys: word d of key n goes to (d, n). Keys beyond the last are zero."""
+    pack_rows(call, space, to, keys, call.k_j, call.k_d, call.D, call.depth_padded, j0, unit)
+
+
+@inlined
+def pack_rows(call, space, to, rows, step, beside, size, padded, j0, unit):
+    """Transpose one vector of rows of so many numbers, `padded` words: word d of row n goes to (d, n)."""
     lanes, word = vector_length(unit), word_bytes(unit)
     scratch = space + call.scratch_at
-    row = call.depth_padded * word
-    whole = (call.kind == SAME or is_pairs(unit)) and call.k_d == call.itemsize and call.D * call.itemsize == row
-    source, source_row = keys + j0 * call.k_j, call.k_j
-    for n in range(lanes):  # the next vector of keys, whose rows lie too far apart for the processor to foresee
+    row = padded * word
+    whole = (call.kind == SAME or is_pairs(unit)) and beside == call.itemsize and size * call.itemsize == row
+    source, source_row = rows + j0 * step, step
+    for n in range(lanes):  # the next vector of rows, which lie too far apart for the processor to foresee
         ahead = source + (n + lanes) * source_row
-        for line in range(0, call.D * call.itemsize, 64):
+        for line in range(0, size * call.itemsize, 64):
             prefetch(ahead + line)
     if not whole or j0 + lanes > call.N:
         for n in range(lanes):
-            clear(scratch + n * row, call.depth_padded, unit)
+            clear(scratch + n * row, padded, unit)
             if j0 + n < call.N:
-                read_row(scratch + n * row, keys + (j0 + n) * call.k_j, call.k_d, call.D, call, unit)
+                read_row(scratch + n * row, rows + (j0 + n) * step, beside, size, call, unit)
         source, source_row = scratch, row
-    for d in range(0, call.depth_padded, lanes):
+    for d in range(0, padded, lanes):
         transpose(unit, source + d * word, source_row, to + d * call.keys_row * word, call.keys_row * word)
 
 
@@ -139,7 +145,7 @@ def mark_rows(call, space, marks, b, h0, groups, head_groups, i_first, i_end, j0
     for g in range(groups):
         i0 = i_first + g % head_groups * call.group_rows
         i1 = min(i0 + call.group_rows, i_end)
-        seen |= _classify(call, marks + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
+        seen |= classify(call, marks + g * most, b, h0 + g // head_groups, i0, i1, j0, j1, unit)
         for n in range((j1 - j0 + lanes - 1) // lanes):
             store_byte(union + n, load_byte(union + n) | load_byte(marks + g * most + n))
     return seen

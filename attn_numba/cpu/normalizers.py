@@ -22,7 +22,6 @@ from attn_numba.cpu.tiles import (
     define,
     load_number,
     result_number,
-    row_largest,
     store_number,
     word_bytes,
 )
@@ -172,7 +171,7 @@ def _softmax_weights(call, row, first, end, shift, unit):
 
 @compiled
 def _double_softmax_weights(call, row, first, end, shift, unit):
-    """Turn scores into weights, the exponentials of their softmax; return their sum."""
+    """Turn scores into weights, the exponentials of their softmax; return the sums of the scores' and of theirs."""
     number, word = accumulator(unit), word_bytes(unit)
     factor = type(number)(call.factor)
     once = twice = 0.0
@@ -183,7 +182,7 @@ def _double_softmax_weights(call, row, first, end, shift, unit):
     for j0 in range(first // call.key_tile * call.key_tile, end, call.key_tile):
         j, j1 = max(j0, first), min(j0 + call.key_tile, end)
         twice += np.float64(_to_double_softmax(number, row + j * word, j1 - j, factor, shift, inverse))
-    return twice
+    return once, twice
 
 
 @compiled
@@ -201,7 +200,7 @@ def _sums_above(call, space, row, first, end, scale, shift, threshold, unit):
 
 @compiled
 def _sparsemax_weights(call, space, row, first, end, shift, unit):
-    """Turn scores into weights: what is above the threshold that makes them sum to 1.
+    """Turn scores into weights, what is above the threshold that makes them sum to 1; return it.
 
     Newton's steps from below, where they never pass it: each finds the threshold of the keys that are above the last
     one (Michelot 1986). When these are the same once more, the sums are near 1 and have lost little.
@@ -220,11 +219,12 @@ def _sparsemax_weights(call, space, row, first, end, shift, unit):
             break
         keys = count
     _to_above(number, row + first * word, end - first, scale, shift, type(number)(threshold))
+    return threshold
 
 
 @compiled
 def _entmax15_weights(call, space, row, first, end, shift, unit):
-    """Turn scores into weights: the squares of what halves of scores are above the threshold that makes them sum to 1.
+    """Turn scores into weights, squares of what halves of scores are above that which makes them sum to 1; return it.
 
     Newton's steps from below for the root of that sum, which is nearly straight in the threshold.
     """
@@ -243,29 +243,32 @@ def _entmax15_weights(call, space, row, first, end, shift, unit):
         if step < least:
             break
     _to_above_squared(number, row + first * word, end - first, scale, shift, type(number)(threshold))
+    return threshold
 
 
 @compiled
-def weigh_row(call, space, row, first, end, b, h, unit):
-    """Turn a row of scores into weights that sum to one when multiplied by the number returned first.
+def weigh_row(call, space, row, first, end, top, b, h, unit):
+    """Turn a row of scores, the largest of which is `top`, into weights.
 
-    The second is the logarithm of the sum of a softmax.
+    Return what they must be multiplied with to sum to one; the same, or the threshold, when scores are counted from the
+    largest; the first of these of the second of two softmax; and the lse of a softmax.
     """
-    number, word = accumulator(unit), word_bytes(unit)
-    top = row_largest(number, row + first * word, end - first, type(number)(-np.inf))
+    number = accumulator(unit)
     shift = top if top > -np.inf else number
-    inverse, lse = 1.0, 0.0
+    inverse, second, lse = 1.0, 0.0, 0.0
     if call.normalizer == SOFTMAX:
         total = _softmax_weights(call, row, first, end, shift, unit)
         inverse, lse = divided(call, b, h, np.float64(top) * call.factor, total)
+        rest = inverse
     elif call.normalizer == DOUBLE_SOFTMAX:
-        total = _double_softmax_weights(call, row, first, end, shift, unit)
-        inverse = 1.0 / total if total != 0.0 else 0.0
+        once, total = _double_softmax_weights(call, row, first, end, shift, unit)
+        rest = 1.0 / once if once != 0.0 else 0.0
+        inverse = second = 1.0 / total if total != 0.0 else 0.0
     elif call.normalizer == SPARSEMAX:
-        _sparsemax_weights(call, space, row, first, end, shift, unit)
+        rest = _sparsemax_weights(call, space, row, first, end, shift, unit)
     else:
-        _entmax15_weights(call, space, row, first, end, shift, unit)
-    return inverse, lse
+        rest = _entmax15_weights(call, space, row, first, end, shift, unit)
+    return inverse, rest, second, lse
 
 
 @compiled

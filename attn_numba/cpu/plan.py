@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+from attn_numba.cpu.gradient_tiles import TERMS
 from attn_numba.cpu.keys import AHEAD_HEAD
 from attn_numba.cpu.state import Layout, packed
 from attn_numba.cpu.strip_tiles import SLOT_BYTES, STRIP_ROWS
@@ -23,6 +24,9 @@ TILE_BYTES = (
 WHOLE_ROWS_BYTES = 1_000_000  # of the strip of a group whose rows are looked at as wholes, if two register tiles fit
 WHOLE_BLOCK_ROWS = 256  # rows of an item there, which share the packed keys of a head
 WHOLE_BLOCKS = 32  # blocks of a head there, at most
+BACKWARD_ROWS = 64  # rows of a strip of gradients: what they add to dk and dv is one chain of sums
+BACKWARD_BYTES = 600_000  # keys, values and their gradients of one tile: in the second-level cache with the strips
+BACKWARD_TILE = 48  # vectors of keys in a tile there, at most
 
 
 class Unit(NamedTuple):
@@ -123,7 +127,7 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         "packed_at": group * slots * lanes * word,
         "special_at": 4 * columns, "seen_at": columns * group,
     }  # fmt: skip
-    found, size = _placed(parts)
+    found, size = placed(parts)
     found |= {
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": rows,
         "group_rows": group, "key_tile": tile, "state_rows": state_rows, "keys_row": keys_row,
@@ -184,7 +188,7 @@ def plan_of_whole_rows(unit: Unit, sizes: Sizes, most_threads: int, in_place: bo
         "runs_at": 8 * (columns // lanes + 1), "row_runs_at": 8 * (tile // lanes + 1),
         "special_at": 4 * N, "seen_at": N * group,
     }  # fmt: skip
-    found, size = _placed(parts)
+    found, size = placed(parts)
     found |= {
         "head_sets": head_sets, "set_heads": set_heads, "blocks": blocks, "block_rows": block_rows,
         "group_rows": group, "key_tile": tile, "keys_row": keys_row, "strip_row": strip,
@@ -195,7 +199,68 @@ def plan_of_whole_rows(unit: Unit, sizes: Sizes, most_threads: int, in_place: bo
     return WholeRowsPlan(max(1, min(most_threads, items)), size, layout, keys_bytes, blocks, columns)
 
 
-def _placed(parts: dict[str, int]) -> tuple[dict[str, int], int]:
+class BackwardPlan(NamedTuple):
+    """As `Plan`, for gradients."""
+
+    threads: int
+    part_bytes: int
+    layout: bytes
+    places: dict[str, int]  # where parts of the workspace begin that `Layout` does not know
+    items: int
+    row_blocks: int
+    key_blocks: int
+    depth: int  # of q, in whole vectors
+
+
+@functools.cache
+def backward_tile(unit: Unit, depth: int, width: int) -> int:
+    """Return the keys of a tile of gradients; like `key_tile` it fixes the order of sums."""
+    step = CHAIN_VECTORS * unit.lanes
+    fitting = BACKWARD_BYTES // (unit.word * (3 * depth + 2 * width)) // step * step
+    return min(max(fitting, step), BACKWARD_TILE * unit.lanes)
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of_backward(unit: Unit, sizes: Sizes, most_threads: int, learned: bool) -> BackwardPlan:
+    """Return the plan of a call's gradients on at most so many threads, those of rules' arrays among them or not."""
+    B, _, Hk, M, N, D, E = sizes
+    lanes, word = unit.lanes, unit.word
+    depth, width = up(D, lanes), up(E, lanes)
+    tile = backward_tile(unit, depth, width)
+    group = min(BACKWARD_ROWS, up(M, TILE_ROWS))
+    row_blocks, key_blocks = -(-M // group), -(-N // tile)
+    columns = min(tile, up(N, lanes))
+    # Rows of whole vectors, an odd number of them, fall into different cache sets.
+    strip = columns + (VECTORS + (columns // lanes + VECTORS + 1) % 2) * lanes
+    keys_row = columns + lanes * (1 - columns // lanes % 2)
+    strips = dict.fromkeys(("scores_at", "gradients_at", "raw_at"), group * strip * word)
+    if learned:
+        strips |= dict.fromkeys(("pulled_at", "terms_at"), group * strip * word)
+    parts = strips | {
+        "q_at": group * depth * word, "douts_at": group * width * word, "added_at": group * depth * word,
+        "rows_at": up(TERMS * group, lanes) * word, "sums_at": max(VECTORS * lanes * word, 8 * (tile // lanes)),
+        "scratch_at": lanes * max(depth, width) * word, "ahead_at": AHEAD_HEAD,
+        "keys_at": (keys_row * depth + VECTORS * lanes) * word,
+        "values_packed_at": (keys_row * width + VECTORS * lanes) * word,
+        "key_rows_at": columns * depth * word, "dk_at": keys_row * depth * word, "dv_at": columns * width * word,
+        "marks_at": tile // lanes, "runs_at": 8 * (tile // lanes), "special_at": 4 * columns, "flags_at": group,
+    }  # fmt: skip
+    found, size = placed(parts)
+    items = B * Hk * key_blocks
+    shared = {name: found.pop(name) for name in parts if name in Layout._fields}
+    if not learned:  # gradients by final scores are read once, and so can be overwritten
+        found |= {"pulled_at": found["gradients_at"], "terms_at": found["gradients_at"]}
+    shared |= {
+        "group_rows": group, "key_tile": tile, "keys_row": keys_row, "strip_row": strip, "depth": D,
+        "depth_padded": depth, "value_width": width, "items": items, "workspace_bytes": size, "kind": unit.kind,
+        "itemsize": unit.itemsize,
+    }  # fmt: skip
+    layout = packed(Layout(*[0] * len(Layout._fields))._replace(**shared, **sizes._asdict()))
+    threads = max(1, min(most_threads, items))
+    return BackwardPlan(threads, size, layout, found, items, row_blocks, key_blocks, depth)
+
+
+def placed(parts: dict[str, int]) -> tuple[dict[str, int], int]:
     """Return where parts of so many bytes begin, one after the other, and where the last one ends."""
     found, size = {}, 0
     for name, count in parts.items():

@@ -6,6 +6,7 @@ see `tiles.py`; `call` is the record of the call, see `state.py`.
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from attn_numba.cpu.tiles import (
@@ -20,6 +21,7 @@ from attn_numba.cpu.tiles import (
     read_number,
     read_vector,
     row_fill,
+    store_number,
     vector_length,
     word_bytes,
     write_brain_number,
@@ -106,3 +108,20 @@ def write_row(to, step, source, count, factor, call, number):
         else:
             write_brain_number(number, to + done * step, source + done * width, factor)
         done += 1
+
+
+ROW_FACTS = 4  # float64 numbers, see `write_facts`
+
+
+@compiled
+def write_facts(to, largest, rest, second, lse):
+    """Write what made a row's weights sum to 1, for gradients.
+
+    Its largest score, in the units of the strip; what weights were multiplied with or the threshold taken off them,
+    both when scores are counted from there; the same of the second of two softmax; and the lse of a softmax.
+    """
+    wide = np.float64(0.0)
+    store_number(wide, to, largest)
+    store_number(wide, to + 8, rest)
+    store_number(wide, to + 16, second)
+    store_number(wide, to + 24, lse)

@@ -79,7 +79,7 @@ def _tiled_rows(rows):
 
 
 @compiled
-def _cut_runs(to, runs, count, first, last):
+def cut_runs(to, runs, count, first, last):
     """List what lies between two columns; return the number of stretches."""
     cut = 0
     for n in range(count):
@@ -92,7 +92,7 @@ def _cut_runs(to, runs, count, first, last):
 
 
 @compiled
-def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit):
+def add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit):
     """C += A @ B over a list of stretches of the depth, for all rows and one to three vectors of columns.
 
     Row lengths in words.
@@ -118,50 +118,50 @@ def _add_products(a, a_row, b, b_row, c, c_row, rows, vectors, runs, count, unit
 
 
 @compiled
-def _products(call, space, keys, strip, queries, first, end, rows, unit):
+def _products(call, space, keys, strip, queries, depth, queries_row, first, end, rows, unit):
     """Fill columns `first` to `end` (whole vectors) of the strip with products of q and the packed keys.
 
     Three vectors go at a time, two or one at the end. A long head is summed in chains of `DEPTH_CHAIN` words, so that
     it gathers no rounding errors.
     """
     lanes, word = vector_length(unit), word_bytes(unit)
-    length, depth, keys_row = call.strip_row, call.depth, call.keys_row
+    length, keys_row = call.strip_row, call.keys_row
     chain = min(depth, DEPTH_CHAIN)
     tiled = _tiled_rows(rows)
     for column in range(first, end, VECTORS * lanes):
         packed, scores = keys + column * word, strip + column * word
         vectors = min((end - column + lanes - 1) // lanes, VECTORS)
         for r in range(0, tiled, TILE_ROWS):
-            a, to = queries + r * depth * word, scores + r * length * word
+            a, to = queries + r * queries_row * word, scores + r * length * word
             look_ahead(call, space)
             if vectors == 3:
-                score_tile_3(unit, a, depth, packed, keys_row, to, length, chain)
+                score_tile_3(unit, a, queries_row, packed, keys_row, to, length, chain)
             elif vectors == 2:
-                score_tile_2(unit, a, depth, packed, keys_row, to, length, chain)
+                score_tile_2(unit, a, queries_row, packed, keys_row, to, length, chain)
             else:
-                score_tile_1(unit, a, depth, packed, keys_row, to, length, chain)
+                score_tile_1(unit, a, queries_row, packed, keys_row, to, length, chain)
         for r in range(tiled, rows):
-            a, to = queries + r * depth * word, scores + r * length * word
+            a, to = queries + r * queries_row * word, scores + r * length * word
             if vectors == 3:
-                score_row_3(unit, a, depth, packed, keys_row, to, length, chain)
+                score_row_3(unit, a, queries_row, packed, keys_row, to, length, chain)
             else:
                 for n in range(vectors):
                     at = n * lanes * word
-                    score_row_1(unit, a, depth, packed + at, keys_row, to + at, length, chain)
+                    score_row_1(unit, a, queries_row, packed + at, keys_row, to + at, length, chain)
         for d in range(chain, depth, chain):
             stretch = space + call.sums_at
             store_int32(stretch, 0)
             store_int32(stretch + 4, min(chain, depth - d) * (2 if is_pairs(unit) else 1))
             b = packed + d * keys_row * word
-            _add_products(queries + d * word, depth, b, keys_row, scores, length, rows, vectors, stretch, 1, unit)
+            add_products(queries + d * word, queries_row, b, keys_row, scores, length, rows, vectors, stretch, 1, unit)
 
 
 @inlined
-def products(call, space, keys, strip, queries, runs, count, rows, unit):
-    """Fill a tile's stretches of the strip with products of q and the packed keys."""
+def products(call, space, keys, strip, queries, depth, queries_row, runs, count, rows, unit):
+    """Fill a tile's stretches of the strip with products of rows of q, `queries_row` words apart, and packed keys."""
     for run in range(count):
         first, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
-        _products(call, space, keys, strip, queries, first, end, rows, unit)
+        _products(call, space, keys, strip, queries, depth, queries_row, first, end, rows, unit)
 
 
 @inlined
@@ -293,10 +293,10 @@ def weighted_values(call, space, values, runs, count, local, rows, j0, special, 
         b = base + e * word
         c = space + call.out_at + (local * width + e) * word
         for column in range(load_int32(runs) // chain * chain, load_int32(runs + 8 * count - 4), chain):
-            cut = _cut_runs(space + call.sums_at, runs, count, column, column + chain)
+            cut = cut_runs(space + call.sums_at, runs, count, column, column + chain)
             if cut:
                 stretches = space + call.sums_at
-                _add_products(weights, weights_row, b, values_row, c, width, rows, vectors, stretches, cut, unit)
+                add_products(weights, weights_row, b, values_row, c, width, rows, vectors, stretches, cut, unit)
         e += vectors * lanes
 
 
@@ -345,7 +345,7 @@ def _score_group(call, space, kinds, queries, b, h, i0, g, rows, j0, j1, unit):
     count = list_runs(runs, kinds, j1 - j0, vector_length(unit))
     if count:
         strip = space + call.scores_at
-        products(call, space, space + call.keys_at, strip, queries, runs, count, rows, unit)
+        products(call, space, space + call.keys_at, strip, queries, call.depth, call.depth, runs, count, rows, unit)
         edit_scores(call, strip, kinds, b, h, i0, rows, j0, j1, unit)
     return count
 

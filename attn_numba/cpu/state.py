@@ -40,6 +40,7 @@ class Call(NamedTuple):
     out_i: int
     out_e: int
     lse: int  # 0: not asked for
+    row_facts: int  # float64 (B, H, M, 4), what made the weights of each row sum to 1, see `rows.py`; 0: not asked for
     weights: int  # 0: not asked for
     sink: int  # float64 (B, H), in units of log2; 0: none
     tile_hook: int  # 0: every tile is ALL
@@ -126,11 +127,49 @@ class WholeRows(NamedTuple):
     sums_row: int  # in words
 
 
-_FIELDS = Call._fields + Layout._fields + WholeRows._fields
+class Backward(NamedTuple):
+    """What only `backward.py` reads. Arrays are contiguous, of accumulators; offsets as in `Layout`."""
+
+    gradient_scale: float  # of gradients by scores: 1 where the hook `pull` sees to it
+    dout: int
+    dout_b: int
+    dout_h: int
+    dout_i: int
+    dout_e: int
+    dq: int  # (B, H, query_rows, depth_padded), zeros on entry
+    query_rows: int  # M in whole register tiles: rows to spare get numbers of no meaning
+    dk: int  # (B, Hk, N, D)
+    dv: int  # (B, Hk, N, E)
+    row_numbers: int  # (B, H, M, ROW_NUMBERS), see `gradient_rows.py`
+    row_sums: int  # (B, H, M, TERMS), zeros on entry
+    progress: int  # for each item a cache line, zeros on entry, see `turns.py`
+    sums_only: int  # whether the row sums are all that is asked for
+    hidden_sums: int  # (B, H, blocks of keys, D), zeros on entry: by the weights of hidden units
+    pull_hook: int  # from gradients by final scores to those by products; 0: nothing to do
+    learned: int  # records of the rules' arrays whose gradients are asked for, see `learned.py`
+    learned_count: int
+    shared: int  # which axes several items share elements of these along, see `turns.py`
+    row_blocks: int  # blocks of query rows in a head
+    douts_at: int  # rows of dout
+    gradients_at: int  # strip of gradients by weights, then by final scores
+    pulled_at: int  # strip of gradients by products; the same one if nobody reads the other any more
+    added_at: int  # what hidden units add to rows of dq
+    raw_at: int  # strip of products as they were before the hooks
+    terms_at: int  # strip of what a rule's array gets from each place
+    values_packed_at: int  # V transposed
+    key_rows_at: int  # K as rows
+    dk_at: int
+    dv_at: int
+    flags_at: int  # byte (row): whether its q or its dout is not finite
+
+
+_FLOATS = ("factor", "gradient_scale")
+_FIELDS = Call._fields + Layout._fields + WholeRows._fields + Backward._fields
 _HEAD = struct.Struct(f"{8 * COUNTER_WORDS}xd{len(Call._fields) - 1}q")
 _TAIL = struct.Struct(f"{len(Layout._fields)}q")
 _REST = struct.Struct(f"{len(WholeRows._fields)}q")
-_RECORD = from_dtype(np.dtype([(name, np.float64 if name == "factor" else np.int64) for name in _FIELDS]))
+_BACKWARD = struct.Struct(f"d{len(Backward._fields) - 1}q")
+_RECORD = from_dtype(np.dtype([(name, np.float64 if name in _FLOATS else np.int64) for name in _FIELDS]))
 
 
 class Workspace:
@@ -139,7 +178,7 @@ class Workspace:
     __slots__ = ("_memory", "_state", "parts", "size", "state")
 
     def __init__(self, size: int) -> None:
-        block = -(-(_HEAD.size + _TAIL.size + _REST.size) // 64) * 64
+        block = -(-(_HEAD.size + _TAIL.size + _REST.size + _BACKWARD.size) // 64) * 64
         self._memory = np.empty(block + size + 64, np.uint8)
         start = -self._memory.ctypes.data % 64
         self._state = memoryview(self._memory)[start:]
@@ -147,13 +186,17 @@ class Workspace:
         self.state = self._memory.ctypes.data + start  # address of the state block
         self.parts = self.state + block
 
-    def write(self, call: Call, layout: bytes, whole_rows: WholeRows | None = None) -> None:
+    def write(
+        self, call: Call, layout: bytes, whole_rows: WholeRows | None = None, backward: Backward | None = None
+    ) -> None:
         """Write the state block: the counter at 0, then the records."""
         _HEAD.pack_into(self._state, 0, *call)
         end = _HEAD.size + _TAIL.size
         self._state[_HEAD.size : end] = layout
         if whole_rows is not None:
             _REST.pack_into(self._state, end, *whole_rows)
+        if backward is not None:
+            _BACKWARD.pack_into(self._state, end + _REST.size, *backward)
 
 
 def packed(layout: Layout) -> bytes:
@@ -182,7 +225,7 @@ def give_back(space: Workspace) -> None:
 
 @intrinsic
 def call_of(typingctx, state):
-    """Return the record of the state block at an address: all fields of `Call`, `Layout` and `WholeRows`."""
+    """Return the record of the state block at an address: all fields of the classes above."""
 
     def codegen(context, builder, signature, args):
         start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))

@@ -507,6 +507,8 @@ def _function_pointer(count: int, returns: bool):
 
 
 call_edit = _function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
+# (products, gradients, where to write, row length, b, h, i0, rows, j0, columns, parameters)
+call_gradient = _function_pointer(11, False)
 # (b, h, row of q, number of runs, address to write to, bytes from first keys to ends, parameters)
 call_runs = _function_pointer(7, False)
 call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2

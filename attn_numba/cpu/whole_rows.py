@@ -20,7 +20,7 @@ from attn_numba.cpu.explained import add_to_columns, entropy_of_row, top_of_row
 from attn_numba.cpu.forward import load_queries, place
 from attn_numba.cpu.keys import clear_marks, copy_values, find_special, list_runs, mark_rows, pack_keys
 from attn_numba.cpu.normalizers import normalize_row, weigh_row
-from attn_numba.cpu.rows import clear, compiled, inlined, write_row
+from attn_numba.cpu.rows import ROW_FACTS, clear, compiled, inlined, write_facts, write_row
 from attn_numba.cpu.softmax import add_special, edit_scores, products, weighted_values
 from attn_numba.cpu.state import call_of
 from attn_numba.cpu.tiles import (
@@ -32,6 +32,7 @@ from attn_numba.cpu.tiles import (
     load_int32,
     load_number,
     row_fill,
+    row_largest,
     store_byte,
     store_int32,
     store_number,
@@ -88,9 +89,9 @@ def _fill(call, space, b, h, g, groups, i0, rows, unit):
         keys, strip = space + call.keys_at + tile * call.keys_bytes, space + call.scores_at + j0 * word
         if call.hidden:
             hidden = call.hidden + h * call.hidden_h
-            additive_scores(call, keys, strip, queries, hidden, tile_runs, count, rows, unit)
+            additive_scores(call, keys, strip, queries, call.depth, hidden, tile_runs, count, rows, unit)
         else:
-            products(call, space, keys, strip, queries, tile_runs, count, rows, unit)
+            products(call, space, keys, strip, queries, call.depth, call.depth, tile_runs, count, rows, unit)
         edit_scores(call, strip, kinds, b, h, i0, rows, j0, j1, unit)
         for run in range(count):
             store_int32(runs + 8 * listed, j0 + load_int32(tile_runs + 8 * run))
@@ -166,10 +167,13 @@ def _attend_group(call, space, values, runs, listed, b, h, i0, rows, special, un
         _note_seen(call, space, first, end, rows, special, unit)
     for r in range(rows):
         row = space + call.scores_at + r * call.strip_row * word
-        inverse, lse = weigh_row(call, space, row, first, end, b, h, unit)
+        top = row_largest(number, row + first * word, end - first, type(number)(-np.inf))
+        inverse, rest, second, lse = weigh_row(call, space, row, first, end, top, b, h, unit)
         at = (b * call.H + h) * call.M + i0 + r
         if call.lse:
             store_number(number, call.lse + at * word, type(number)(lse))
+        if call.row_facts:
+            write_facts(call.row_facts + at * 8 * ROW_FACTS, top, rest, second, lse)
         if call.weights:
             normalize_row(row, call.weights + at * call.N * word, first, min(end, call.N), inverse, unit)
         store_number(np.float64(0.0), space + call.rows_at + 8 * r, inverse)
@@ -184,7 +188,8 @@ def _explain_group(call, space, runs, listed, block, b, h, i0, rows, unit):
     strip, step = space + call.scores_at, call.strip_row * word
     for r in range(rows):
         row = strip + r * step
-        inverse, _ = weigh_row(call, space, row, first, end, b, h, unit)
+        top = row_largest(number, row + first * word, end - first, type(number)(-np.inf))
+        inverse, _, _, _ = weigh_row(call, space, row, first, end, top, b, h, unit)
         normalize_row(row, row, first, end, inverse, unit)
         at = (b * call.H + h) * (call.row_end - call.row_first) + i0 + r - call.row_first
         if call.weights:

@@ -102,7 +102,7 @@ class Sparsemax(Normalizer):
 
     @staticmethod
     def slope(w: Any) -> Any:
-        return (w > 0) * 1.0
+        return (w > 0) + 0 * w  # NaN stays NaN
 
 
 @dataclass(frozen=True)

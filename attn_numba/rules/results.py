@@ -7,6 +7,8 @@ from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from attn_numba.rules.data import AnyArray
 
 
@@ -55,7 +57,12 @@ class Gradients:
 
     def __init__(self, q: Any, k: Any, v: Any, learned: Iterable[tuple[Any, Mapping[str, Any]]] = ()) -> None:
         self.q, self.k, self.v = q, k, v
-        self._learned = [(rule, tuple(arrays), tuple(arrays.values())) for rule, arrays in learned]
+        self._learned = [(rule, dict(arrays)) for rule, arrays in learned if arrays]
+
+    @property
+    def learned(self) -> tuple[tuple[Any, dict[str, Any]], ...]:
+        """Rules of the call that have gradients, and those by their arrays, by the names of their arguments."""
+        return tuple((rule, dict(arrays)) for rule, arrays in self._learned)
 
     def of(self, rule: Any) -> Any:
         """Return the gradients by a rule's arrays.
@@ -77,11 +84,12 @@ class Gradients:
         ValueError
             If it is no rule of the call, or one without gradients.
         """
-        for known, names, arrays in self._learned:
+        for known, arrays in self._learned:
             if known is rule:
-                return arrays[0] if len(arrays) == 1 else _named(names, arrays, "Gradients")
+                found = tuple(arrays.values())
+                return found[0] if len(found) == 1 else _named(tuple(arrays), found, "Gradients")
         name = type(rule).__name__
-        there = ", ".join(type(known).__name__ for known, _, _ in self._learned)
+        there = ", ".join(type(known).__name__ for known, _ in self._learned)
         raise ValueError(
             f"rule is {name}, of which this call has no gradient; needed the very object of one of: {there}"
             if there
@@ -89,8 +97,35 @@ class Gradients:
         )
 
     def __repr__(self) -> str:
-        rules = "".join(f", {type(rule).__name__}" for rule, _, _ in self._learned)
+        rules = "".join(f", {type(rule).__name__}" for rule, _ in self._learned)
         return f"Gradients(q, k, v{rules})"
+
+
+class Learned:
+    """Gradients by the arrays of rules as they are found; those of a rule that is met twice are added.
+
+    Parameters
+    ----------
+    dtype : dtype
+        Of the arrays that `Gradients` gets.
+    """
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._rules: dict[int, tuple[Any, dict[str, AnyArray]]] = {}
+
+    def add(self, rule: Any, arrays: Mapping[str, AnyArray]) -> None:
+        """Add gradients by arrays of a rule, by name."""
+        known = self._rules.setdefault(id(rule), (rule, {}))[1] if arrays else {}
+        for name, array in arrays.items():
+            known[name] = known[name] + array if name in known else array
+
+    def found(self) -> list[tuple[Any, dict[str, AnyArray]]]:
+        """Return what `Gradients` takes."""
+        return [
+            (rule, {name: np.asarray(array, self._dtype) for name, array in arrays.items()})
+            for rule, arrays in self._rules.values()
+        ]
 
 
 def result_of(out: Any, lse: Any = None, weights: Any = None) -> Any:

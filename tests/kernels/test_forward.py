@@ -7,10 +7,8 @@ import attn_numba as an
 from attn_numba import rules
 from attn_numba.rules.base import Rule
 from attn_numba.testing import check_attention
-from cases import CASES, additive, rules_of
-
-BACKENDS = [name for name, (available, _) in an.backends().items() if available]
-DTYPES = ("float64", "float32", "float16", "bfloat16")
+from cases import CASES, rules_of
+from combinations import BACKENDS, DTYPES, OTHER_RULES, fits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,21 +35,6 @@ def test_every_rule_has_a_case(name):
         pytest.skip("no rule but what rules are made of")
     assert issubclass(rule, Rule | rules.Score | rules.Normalizer | rules.Dropout)
     assert any(type(used) is rule for case in CASES for used in rules_of(case.kwargs()))
-
-
-OTHER_RULES = {
-    "Sparsemax": {"normalizer": an.Sparsemax()},
-    "Entmax15": {"normalizer": an.Entmax15()},
-    "DoubleSoftmax": {"normalizer": an.DoubleSoftmax()},
-    "Additive": {"score": additive},
-}
-
-
-def fits(case, other):
-    """Whether a case says nothing of the same argument, and nothing that is for softmax alone."""
-    kwargs = case.kwargs()
-    softmax_only = any(modifier.softmax_only for modifier in rules.as_modifiers(kwargs.get("modifiers")))
-    return not other.keys() & kwargs and not (softmax_only and "normalizer" in other)
 
 
 COMBINED = [(case, name) for case in CASES for name, other in OTHER_RULES.items() if fits(case, other)]
