@@ -59,7 +59,8 @@ def summary(content: dict[str, Any]) -> list[tuple[str, ...]]:
         for long in (True, False):
             found = [row["ratio"] for row in content["rows"] if row["causal"] == causal and (row["N"] >= 512) == long]
             if found:
-                kind = f"{'causal' if causal else 'full'}, {'M >= 512' if long else 'M < 512'}"
+                part = {"backward": "backward, ", "both": "forward and backward, "}.get(content.get("what", ""), "")
+                kind = f"{part}{'causal' if causal else 'full'}, {'M >= 512' if long else 'M < 512'}"
                 what = f"{content['peer']} {version}, {content['dtype']}, {threads} thread(s), {kind}"
                 numbers = (f"{pick(found):.2f}" for pick in (min, statistics.median, max))
                 lines.append((what, str(len(found)), *numbers))
