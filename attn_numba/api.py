@@ -423,7 +423,7 @@ def mask_array(
     return np.array(np.broadcast_to(rule.evaluate(places_of(sizes, query_at, key_at), sizes), tuple(shape)))
 
 
-def warmup(dtypes: Any = ("float32",), every: bool = False) -> dict[str, float]:
+def warmup(dtypes: Any = ("float32",), every: bool = False, *, gradients: bool = False) -> dict[str, float]:
     """Compile the CPU kernels, or load them from the disk cache, before the first call needs them.
 
     Parameters
@@ -433,6 +433,8 @@ def warmup(dtypes: Any = ("float32",), every: bool = False) -> dict[str, float]:
     every : bool
         Whether to compile all kernels, not just the one of plain calls: for returned weights, for masks that list
         their keys, for other normalizers and scores, and for what explains weights.
+    gradients : bool
+        Whether to compile the kernels of gradients too.
 
     Returns
     -------
@@ -460,6 +462,10 @@ def warmup(dtypes: Any = ("float32",), every: bool = False) -> dict[str, float]:
     for name in names:
         start = time.perf_counter()
         prepare(name, every)
+        if gradients:
+            from attn_numba.cpu.gradients import prepare as prepare_gradients
+
+            prepare_gradients(name, every)
         seconds[name] = time.perf_counter() - start
     return seconds
 

@@ -159,7 +159,7 @@ def _warmup(arguments: argparse.Namespace) -> int:
         )
         print(f"{count} kernels compiled into {arguments.folder}")
         return 0
-    for dtype, seconds in warmup(tuple(arguments.dtypes), arguments.every).items():
+    for dtype, seconds in warmup(tuple(arguments.dtypes), arguments.every, gradients=arguments.gradients).items():
         print(f"{dtype}: {seconds:.2f} s")
     return 0
 
@@ -264,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         "dtypes", nargs="*", default=["float32"], help=f"of {', '.join(DTYPES)} (default: float32)"
     )
     compile_ahead.add_argument("--every", action="store_true", help="all kernels, not just that of plain calls")
+    compile_ahead.add_argument("--gradients", action="store_true", help="those of gradients too")
     compile_ahead.add_argument(
         "--cuda", metavar="ARCHITECTURE", help="CUDA kernels instead, such as for sm_90a; no card is needed"
     )

@@ -507,6 +507,18 @@ def test_warmup_of_every_kernel():
     assert not recorder.buffer
 
 
+def test_warmup_of_gradients():
+    from numba.core import event
+
+    an.warmup("float32", every=True, gradients=True)
+    q, k, v = arrays(M=3, N=3)
+    dout = np.ones((*q.shape[:-1], v.shape[-1]), q.dtype)
+    with event.install_recorder("numba:compile") as recorder:
+        an.attention_vjp(q, k, v, dout)
+        an.attention_vjp(q, k, v, dout, normalizer=an.Sparsemax())
+    assert not recorder.buffer
+
+
 def test_reports():
     report = an.config_report()
     assert {"versions", "processor", "threads", "cache", "backends"} <= set(report)

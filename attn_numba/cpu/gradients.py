@@ -88,6 +88,14 @@ def attention_vjp(
     return dq, dk, dv, learned
 
 
+def prepare(dtype: str, every: bool = False) -> None:
+    """Compile the worker of a dtype's plain gradients, or both workers, or load them from the disk cache."""
+    name = unit_of(dtype, True).name
+    for key, worker in backward.WORKERS.items():
+        if key == (name, False) or (every and key[0] == name):
+            compile_worker(worker)
+
+
 def _require_same(out: np.ndarray, lse: np.ndarray, found: np.ndarray, found_lse: np.ndarray) -> None:
     """Raise a ValueError if what was saved is not what was found, give or take what its dtype loses."""
     found, largest = found.astype(out.dtype), 1 + _largest(found_lse)
