@@ -14,8 +14,8 @@ BACKENDS = [name for name in BACKENDS if name not in ("reference", "cuda")]
 COMBINED = [
     (case, name)
     for n, case in enumerate(CASES)
-    for name in [list(OTHER_RULES)[n % len(OTHER_RULES)]]
-    if fits(case, OTHER_RULES[name])
+    for name in [list(OTHER_RULES)[n // 2 % len(OTHER_RULES)]]
+    if n % 2 and fits(case, OTHER_RULES[name])
 ]
 
 
@@ -36,8 +36,11 @@ def backend(request):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+# float16 and bfloat16 are computed in float32: they differ in how arrays are read and written, which some cases show.
+TYPED = [(case, dtype) for dtype in DTYPES for case in DIFFERENTIABLE[:: 1 if dtype in ("float64", "float32") else 5]]
+
+
+@pytest.mark.parametrize(("case", "dtype"), TYPED, ids=lambda x: getattr(x, "name", x))
 def test_case(case, dtype, backend):
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
