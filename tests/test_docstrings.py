@@ -19,7 +19,7 @@ from attn_numba import reference, rules
 
 SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
 NOTHING = (None, "None", "Iterator[None]")
-OPTIONAL_LIBRARIES = {"cupy", "matplotlib", "ml_dtypes", "rich", "safetensors", "torch", "tqdm"}
+OPTIONAL_LIBRARIES = {"cupy", "jax", "matplotlib", "ml_dtypes", "rich", "safetensors", "torch", "tqdm"}
 
 
 def modules() -> Iterator[str]:
@@ -66,8 +66,7 @@ def public() -> Iterator[tuple[str, Any]]:
         "options",
         "plotting",
     ]
-    if importlib.util.find_spec("matplotlib"):
-        shorts.append("integrations.matplotlib")
+    shorts += [f"integrations.{name}" for name in ("jax", "matplotlib", "torch") if importlib.util.find_spec(name)]
     for short in shorts:
         module = importlib.import_module(f"attn_numba.{short}")
         owners.append((module.__name__, module, module.__all__))

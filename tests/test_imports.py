@@ -36,10 +36,11 @@ ALLOWED = {
     "recurrent": {"rules", "problem", "api"},
     "explain": {"rules", "problem", "api", "cpu", "reference"},
     "sequences": {"rules"},
-    "testing": {"rules", "problem", "api", "comparison", "reference"},
+    "gradient_checks": {"rules", "api", "comparison", "reference"},
+    "testing": {"rules", "problem", "api", "comparison", "gradient_checks", "reference"},
     "averages": {"rules", "problem", "explain"},
     "panels": {"rules", "averages"},
-    "integrations": {"rules", "sequences", "averages", "panels", "files", "integrations"},
+    "integrations": {"rules", "problem", "api", "sequences", "averages", "panels", "files", "integrations"},
     "files": {"integrations"},
     "workloads": {"rules", "integrations"},
     "job": {"rules", "problem"},
@@ -69,7 +70,7 @@ WHEN_CALLED = {
     "integrations",
     "reference",
 }  # imported inside functions only, but by themselves and each other
-MAY_LOAD_REFERENCE = {"comparison", "testing", "reference"}  # at import; the others when they are called
+MAY_LOAD_REFERENCE = {"comparison", "gradient_checks", "testing", "reference"}  # at import; the others when they are called
 LIBRARIES = {
     "rules": {"numpy", "scipy"},  # SciPy in `adapt` alone, when it is called
     "cpu": {"numpy", "numba", "llvmlite", "scipy"},
@@ -198,7 +199,7 @@ print(*sorted(name for name in set(sys.modules) - before if name.split(".")[0] n
 def test_the_reference_runs_where_numpy_is_alone():
     code = """
 import sys
-for name in ("numba", "llvmlite", "scipy", "ml_dtypes", "safetensors", "tqdm", "rich", "torch"):
+for name in ("numba", "llvmlite", "scipy", "ml_dtypes", "safetensors", "tqdm", "rich", "torch", "jax"):
     sys.modules[name] = None  # importing it now raises ImportError
 import numpy as np
 import attn_numba as an

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from documents import blocks, broken_links, read, run_python
 
 README, TEXT = read("README.md")
@@ -12,6 +14,19 @@ def test_the_quick_start_has_six_lines_and_every_example_runs():
     assert len([line for line in quick_start.splitlines() if line]) == 6
     names = run_python(README, TEXT)
     assert names["out"].shape == names["q"].shape
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_the_example_of_each_framework_runs(library):
+    """They are marked ``py``, since what they need is not installed everywhere."""
+    pytest.importorskip(library)
+    (code,) = [code for code in blocks(TEXT, "py") if f"import {library}\n" in code]
+    names: dict[str, object] = {}
+    exec(compile(code, f"{README}, {library}", "exec"), names)
+    if library == "torch":
+        assert (names["slopes"].grad != 0).all()
+    else:
+        assert [x.shape for x in names["gradients"]] == [(2, 8, 64, 16)] * 3 + [(8,)]
 
 
 def test_the_two_commands_install_and_run():
