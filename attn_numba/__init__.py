@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from attn_numba.api import (
         attention as attention,
         attention_vjp as attention_vjp,
-        backends as backends,
-        config_report as config_report,
         mask_array as mask_array,
         merge as merge,
+    )
+    from attn_numba.environment import (
+        backends as backends,
+        config_report as config_report,
         warmup as warmup,
     )
     from attn_numba.explain import (
@@ -74,7 +76,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("attention", "attention_vjp", "merge", "mask_array", "warmup", "backends", "config_report"),
+    "api": ("attention", "attention_vjp", "merge", "mask_array"),
+    "environment": ("warmup", "backends", "config_report"),
     "parallel": ("threads", "set_threads"),
     "layers": ("SelfAttention",),
     "multi_head": ("MultiHeadAttention",),

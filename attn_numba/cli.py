@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from attn_numba import __version__, files
-from attn_numba.api import attention, backends, config_report, warmup
+from attn_numba.api import attention
 from attn_numba.comparison import Agreement, check_workload, compare_backends, contenders, plain_table, time_call
+from attn_numba.environment import backends, config_report, warmup
 from attn_numba.job import Job
 from attn_numba.options import add_inputs, add_rules, add_threads, positive, rules_of, threads_of
 from attn_numba.parallel import thread_count

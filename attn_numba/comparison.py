@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attn_numba.api import attention, backends
+from attn_numba.api import attention
+from attn_numba.environment import backends
 from attn_numba.job import Job
 from attn_numba.reference import attention as reference_attention
 from attn_numba.rules import Modifier, Places, Sizes, as_modifiers

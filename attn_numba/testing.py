@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from attn_numba.api import attention, backends
+from attn_numba.api import attention
 from attn_numba.comparison import largest_difference
+from attn_numba.environment import backends
 from attn_numba.gradient_checks import LAST_PLACES, check_attention_vjp
 from attn_numba.reference import attention as reference_attention
 from attn_numba.rules import SYMBOLS, Mask, Modifier, Places, Sizes, Softmax, as_mask, as_modifiers, places_of

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import attn_numba as an
-from attn_numba import api
+from attn_numba import api, environment
 
 if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
@@ -44,7 +44,8 @@ def card(monkeypatch):
 
     monkeypatch.setattr(driver, "card", lambda index: fake if index == 0 else FakeCard(index))
     monkeypatch.setattr(driver, "card_of", lambda pointer: 0)
-    monkeypatch.setattr(api, "_cuda_availability", lambda: (True, fake.name))
+    for module in (api, environment):
+        monkeypatch.setattr(module, "cuda_availability", lambda: (True, fake.name))
     monkeypatch.setattr(machine_code, "compiled", compiled)
     monkeypatch.setattr(machine_code, "cache_folder", lambda: (None, "a test"))
     monkeypatch.setattr(launch, "_ready", {})

@@ -27,7 +27,8 @@ ALLOWED = {
     "cpu": {"", "rules", "problem", "parallel", "cpu"},
     "gpu": {"", "rules", "problem", "gpu", "integrations"},
     "reference": {"rules", "reference"},
-    "api": {"", "rules", "problem", "parallel", "partition", "cpu", "gpu", "reference"},
+    "environment": {"", "rules", "parallel", "cpu", "gpu"},
+    "api": {"", "rules", "problem", "partition", "environment", "cpu", "gpu", "reference"},
     "layers": {"rules", "problem", "api"},
     "rotations": {"rules", "problem"},
     "projections": {"rules", "integrations"},
@@ -37,20 +38,21 @@ ALLOWED = {
     "explain": {"rules", "problem", "api", "cpu", "reference"},
     "sequences": {"rules"},
     "gradient_checks": {"rules", "api", "comparison", "reference"},
-    "testing": {"rules", "problem", "api", "comparison", "gradient_checks", "reference"},
+    "testing": {"rules", "problem", "api", "environment", "comparison", "gradient_checks", "reference"},
     "averages": {"rules", "problem", "explain"},
     "panels": {"rules", "averages"},
     "integrations": {"rules", "problem", "api", "sequences", "averages", "panels", "files", "integrations"},
     "files": {"integrations"},
     "workloads": {"rules", "integrations"},
     "job": {"rules", "problem"},
-    "comparison": {"rules", "problem", "api", "job", "workloads", "reference"},
+    "comparison": {"rules", "problem", "api", "environment", "job", "workloads", "reference"},
     "options": {"parallel", "job", "files"},
     "plotting": {"averages", "panels", "explain", "job", "files", "options", "integrations"},
     "cli": {
         "",
         "rules",
         "api",
+        "environment",
         "cpu",
         "gpu",
         "parallel",
@@ -70,7 +72,12 @@ WHEN_CALLED = {
     "integrations",
     "reference",
 }  # imported inside functions only, but by themselves and each other
-MAY_LOAD_REFERENCE = {"comparison", "gradient_checks", "testing", "reference"}  # at import; the others when they are called
+MAY_LOAD_REFERENCE = {
+    "comparison",
+    "gradient_checks",
+    "testing",
+    "reference",
+}  # at import; the others when they are called
 LIBRARIES = {
     "rules": {"numpy", "scipy"},  # SciPy in `adapt` alone, when it is called
     "cpu": {"numpy", "numba", "llvmlite", "scipy"},
