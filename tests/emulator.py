@@ -25,10 +25,24 @@ import struct
 import numpy as np
 from greenlet import getcurrent
 
-from attn_numba.gpu import forward_mma, forward_wgmma, fragments, layout, ptx
+from attn_numba.gpu import (
+    backward_fragments,
+    backward_mma,
+    backward_mma_facts,
+    forward_mma,
+    forward_wgmma,
+    fragments,
+    isolation,
+    layout,
+    ptx,
+    walk,
+)
 from emulated_block import FIRST, SEVERAL, Cuda, require
 
-MODULES = (layout, fragments, forward_mma, forward_wgmma)
+MODULES = (
+    layout, isolation, walk, fragments, forward_mma, forward_wgmma, backward_fragments, backward_mma,
+    backward_mma_facts,
+)  # fmt: skip
 
 
 # --- numbers ---
@@ -49,6 +63,7 @@ NUMBERS = {
 }  # fmt: skip
 PAIR, WORDS = struct.Struct("<ff"), struct.Struct("<II")
 HALVES, WORD = struct.Struct("<ee"), struct.Struct("<I")
+FLOATS, WORDS_OF_FLOATS = struct.Struct("<4f"), struct.Struct("<4I")
 SMALLEST = -126.0
 
 
@@ -166,6 +181,10 @@ def load_shared4(at):
     place = thread.block.place(at, 16)
     thread.block.check_read(thread.warp, place, thread)
     return tuple(thread.block.words[place])
+
+
+def load_shared_floats(at):
+    return FLOATS.unpack(WORDS_OF_FLOATS.pack(*load_shared4(at)))
 
 
 def store_shared(at, word):
@@ -407,6 +426,7 @@ INSTRUCTIONS = {
     "load_shared": load_shared,
     "store_shared": store_shared,
     "load_shared4": load_shared4,
+    "load_shared_floats": load_shared_floats,
     "store_shared4": store_shared4,
     "or_shared": or_shared,
     "store_global4": store_global4,

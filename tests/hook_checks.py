@@ -183,7 +183,7 @@ def find_faults():
         for name, case_name, old, new in FAULTS:
             case = cases.BY_NAME[case_name]
             problem = problem_of(case, np.float32)
-            hooks, p = bind(problem)
+            hooks, p = bind(problem)[:2]
             wrong = with_fault(hooks, old, new)
             try:
                 check_pairs(case, problem, wrong, p, np.random.default_rng(11))
@@ -199,7 +199,7 @@ def launch():
     """Run a kernel of the simulator that calls the functions."""
     case = cases.BY_NAME["soft cap and causal and grouped heads"]
     problem = problem_of(case, np.float32)
-    hooks, p = bind(problem)
+    hooks, p = bind(problem)[:2]
     fixed, allowed, score = hooks.fixed, hooks.allowed, hooks.score
 
     @cuda.jit
@@ -291,7 +291,8 @@ def check_exactness():
     """Check that a mask's product is not joined with the sum that follows: its bounds would not hold."""
     x = np.zeros((1, 1, 9, 4), np.float32)
     rule = CustomMask(lambda b, h, i, j, p: (i - j) * p[0] + p[1] < p[2], (0.3, 0.7, 1.0))
-    hooks, _ = bound = bind(check(x, x, x, mask=rule))
+    bound = bind(check(x, x, x, mask=rule))
+    hooks = bound.hooks
     signature = (types.CPointer(types.float32), types.int32, types.int32, bound.signature())
     text = ptx_of(rules_kernel(hooks), signature, (9, 0, "a"))
     assert "mul.rn.f32" in text

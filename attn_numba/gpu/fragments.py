@@ -3,11 +3,6 @@
 A fragment is what ``mma`` and ``wgmma`` leave of a product in a thread: element ``(t * columns + n) * 4 + 2 * e + c``
 of a local array lies in row ``16 * t + 8 * e + lane // 4`` of the warp and in column ``8 * n + 2 * (lane % 4) + c``.
 Below, r is ``2 * t + e``: one of the thread's rows.
-
-Values that are not finite need care, for zero times NaN is NaN, and a key that a row may not see has weight zero. A
-block computes as if all values were finite. If its sums are not finite, it begins anew and is *careful*: it puts zeros
-into the tile in place of such values, remembers which rows see one in which columns, and spoils those at the end. The
-products are the same ones, so the bits of all else are too.
 """
 
 from __future__ import annotations
@@ -18,13 +13,13 @@ from typing import Any, NamedTuple
 
 from attn_numba.gpu import ptx
 from attn_numba.gpu.hooks import Hooks
+from attn_numba.gpu.isolation import guard_of
 from attn_numba.gpu.layout import Layout
 from attn_numba.gpu.target import cuda, device, types
+from attn_numba.gpu.walk import SOME, walker
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
-SOME, ALL = 1, 2  # what is said of a tile: some keys are seen; all are, and their scores stay as they are
-EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00}  # bits that are all set in infinity and NaN alone
 
 int32, int64, uint32, uint64, float32 = types.int32, types.int64, types.uint32, types.uint64, types.float32
 
@@ -74,20 +69,19 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
         which are laid where the queries were. `chunk` counts 16 bytes.
     """
     ex2, lg2, rcp, fmax, exchange = ptx.ex2, ptx.lg2, ptx.rcp, ptx.fmax, ptx.shuffle_xor
-    load, store, load4, store4, join = (
-        ptx.load_shared, ptx.store_shared, ptx.load_shared4, ptx.store_shared4, ptx.or_shared,
-    )  # fmt: skip
+    load, store, load4 = ptx.load_shared, ptx.store_shared, ptx.load_shared4
     store_out, store_float, udiv = ptx.store_global4, ptx.store_global_f32, ptx.udiv
     pack2 = ptx.pack_bfloat16 if layout.dtype == "bfloat16" else ptx.pack_float16
-    kind, allowed, score, kept, keep_factor = hooks.kind, hooks.allowed, hooks.score, hooks.kept, hooks.keep_factor
+    allowed, score, kept, keep_factor = hooks.allowed, hooks.score, hooks.kept, hooks.keep_factor
     masked, scored, partial, drops = hooks.masks, hooks.scores, hooks.partial, hooks.drops
-    tiled, sink = masked or partial, layout.sink
-    THREADS, BN, ROWS, MT = layout.threads, layout.keys, layout.rows, layout.row_tiles
-    NT, DT, WORDS, SCAN = layout.key_columns, layout.value_columns, layout.value_words, layout.scan_words
-    CHUNKS, ZERO = -(-layout.value_size // 8), 8 * SCAN
-    LOW, HIGH = uint32(EXPONENT[layout.dtype]), uint32(EXPONENT[layout.dtype] << 16)
+    sink, ROWS, MT, NT, DT = layout.sink, layout.rows, layout.row_tiles, layout.key_columns, layout.value_columns
+    CHUNKS, ZERO = -(-layout.value_size // 8), 8 * layout.scan_words
     packed = MT * NT * 2
-    NEGATIVE, NAN, ln2, log2e = float32(-math.inf), float32(math.nan), float32(LN_2), float32(LOG2_E)
+    NEGATIVE, ln2, log2e = float32(-math.inf), float32(LN_2), float32(LOG2_E)
+    next_tile = walker(hooks, layout.threads, layout.rows, layout.keys)
+    guard = guard_of(
+        layout.dtype, layout.threads, layout.keys, MT, layout.value_size, layout.value_words, value_place
+    )  # fmt: skip
 
     # --- where a block works ---
 
@@ -107,48 +101,6 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
         """Write the zero that `edit` reads; a barrier comes before that."""
         if scored and cuda.threadIdx.x == 0:
             store(uint32(words + uint32(ZERO)), uint32(0))
-
-    @device
-    def scan(first, words, b, h, i0, M, N, f, p):
-        """Note which tiles from the `first` on have keys that are seen, and which have no others: a tile a thread."""
-        t = int32(cuda.threadIdx.x)
-        cuda.syncthreads()
-        if t < 2 * SCAN:
-            store(uint32(words + uint32(4 * t)), uint32(0))
-        cuda.syncthreads()
-        j0 = int32((first + t) * BN)
-        if j0 < N:
-            j1 = int32(min(int32(j0 + BN), N))
-            said = kind(b, h, i0, int32(min(int32(i0 + ROWS), M)), j0, j1, f, p)
-            at, bit = uint32(words + uint32(4 * (t >> 5))), uint32(uint32(1) << uint32(t & 31))
-            if said != 0:
-                join(at, bit)
-            if said == ALL and int32(j1 - j0) == BN:
-                join(uint32(at + uint32(4 * SCAN)), bit)
-        cuda.syncthreads()
-
-    @device
-    def next_tile(j, words, b, h, i0, M, N, f, p):
-        """Return the first tile from `j` on that has keys, or the number of tiles, and what is said of it."""
-        tiles = int32((N + BN - 1) // BN)
-        if not tiled:
-            return j, int32(ALL) if int32((j + 1) * BN) <= N else int32(SOME)
-        found = int32(SOME)
-        while j < tiles:
-            n = int32(j & (THREADS - 1))
-            if n == 0:
-                scan(j, words, b, h, i0, M, N, f, p)
-            at = uint32(words + uint32(4 * (n >> 5)))
-            bits = uint32(load(at) >> uint32(n & 31))
-            if bits != uint32(0):
-                skipped = int32(cuda.ffs(bits)) - int32(1)
-                j = int32(j + skipped)
-                certain = uint32(load(uint32(at + uint32(4 * SCAN))) >> uint32(int32(n & 31) + skipped))
-                if certain & uint32(1) != uint32(0):
-                    found = int32(ALL)
-                break
-            j = int32(int32(j | 31) + 1)
-        return int32(min(j, tiles)), found
 
     # --- scores ---
 
@@ -258,47 +210,7 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
     @device
     def spoiled(sums):
         """Whether a sum of any thread is not finite."""
-        probe = float32(0)
-        for n in range(MT * DT * 4):
-            probe += sums[n] - sums[n]
-        return cuda.syncthreads_or(int32(1) if probe != float32(0) else int32(0)) != 0
-
-    @device
-    def forget(words, count):
-        for n in range(int32(cuda.threadIdx.x), count, THREADS):
-            store(uint32(words + uint32(4 * n)), uint32(0))
-        cuda.syncthreads()
-
-    @device
-    def finite(word):
-        """Return two values with zeros in place of those that are not finite, and a bit for each of these."""
-        bits = uint32(0)
-        if word & LOW == LOW:
-            word, bits = uint32(word & uint32(0xFFFF0000)), uint32(1)
-        if word & HIGH == HIGH:
-            word, bits = uint32(word & uint32(0xFFFF)), uint32(bits | uint32(2))
-        return word, bits
-
-    @device
-    def clean(tile, words):
-        """Put zeros in place of values that are not finite, and note in `words`, key by key, in which columns."""
-        forget(words, int32(BN * WORDS))
-        for n in range(int32(cuda.threadIdx.x), BN * CHUNKS, THREADS):
-            key, chunk = int32(n // CHUNKS), int32(n % CHUNKS)
-            at = uint32(tile + uint32(value_place(key, chunk)))
-            values = load4(at)
-            a, first = finite(values[0])
-            b, second = finite(values[1])
-            c, third = finite(values[2])
-            d, fourth = finite(values[3])
-            bits = uint32(
-                first | uint32(second << uint32(2)) | uint32(third << uint32(4)) | uint32(fourth << uint32(6))
-            )
-            if bits != uint32(0):
-                store4(at, a, b, c, d)
-                word = uint32(words + uint32(4 * (key * WORDS + (chunk >> 2))))
-                join(word, uint32(bits << uint32(8 * (chunk & 3))))
-        cuda.syncthreads()
+        return cuda.syncthreads_or(guard.unsound(sums)) != 0
 
     @device
     def seen(s, r):
@@ -310,31 +222,7 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
                     word = uint32(word | uint32(1 << (2 * n + c)))
         return word
 
-    @device
-    def remember(word, row, lane, noted, words):
-        """Join what `clean` noted of the keys that a row sees; `row` is one of the block's."""
-        for x in range(2 * NT):
-            if uint32(word >> uint32(x)) & uint32(1) != uint32(0):
-                key = int32(8 * int32(x >> 1) + 2 * int32(lane & 3) + int32(x & 1))
-                for n in range(WORDS):
-                    bits = load(uint32(noted + uint32(4 * (key * WORDS + n))))
-                    if bits != uint32(0):
-                        join(uint32(words + uint32(4 * (row * WORDS + n))), bits)
-
     # --- results ---
-
-    @device
-    def spoil(r, sums, first, lane, words):
-        """Make NaN of what sees a value that is not finite."""
-        row = int32(first + 8 * r + (lane >> 2))
-        for n in range(DT):
-            x = ((r >> 1) * DT + n) * 4 + (r & 1) * 2
-            bits = load(uint32(words + uint32(4 * (row * WORDS + (n >> 2)))))
-            bits = uint32(bits >> uint32(8 * (n & 3) + 2 * (lane & 3)))
-            if bits & uint32(1) != uint32(0):
-                sums[x] = NAN
-            if bits & uint32(2) != uint32(0):
-                sums[x + 1] = NAN
 
     @device
     def finish_row(r, sums, tops, totals, first, lane, stage, i0, M, lse, stats, extra, scale, p):
@@ -365,7 +253,7 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
             at = uint32(stage + uint32(result_place(row, int32(n))) + uint32(4 * (lane & 3)))
             store(at, pack2(sums[x] * inverse, sums[x + 1] * inverse))
 
-    spoil_rows = unrolled(2 * MT, spoil, "sums, first, lane, words")
+    spoil_rows = unrolled(2 * MT, guard.spoil, "sums, first, lane, words")
     row_arguments = "sums, tops, totals, first, lane, stage, i0, M, lse, stats, extra, scale, p"
     finish_rows = unrolled(2 * MT, finish_row, row_arguments)
 
@@ -386,5 +274,6 @@ def steps_of(hooks: Hooks, layout: Layout, value_place: Callable[..., Any], resu
                 store_out(uint64(out + int64(i0 + row) * out_row + 16 * int64(chunk)), x[0], x[1], x[2], x[3])
 
     return Steps(
-        place, begin, next_tile, edit, softmax, drop, shrink, pack, spoiled, forget, clean, seen, remember, finish
-    )
+        place, begin, next_tile, edit, softmax, drop, shrink, pack, spoiled, guard.forget, guard.clean, seen,
+        guard.remember, finish,
+    )  # fmt: skip

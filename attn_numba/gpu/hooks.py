@@ -23,7 +23,7 @@ import numpy as np
 from attn_numba.gpu.target import device, language, parameter_type, types
 from attn_numba.problem import Problem
 from attn_numba.rules import Dropout, Sizes
-from attn_numba.rules.chain import Formulas, formulas_of
+from attn_numba.rules.chain import Derivatives, Formulas, derivatives_of, formulas_of
 from attn_numba.rules.data import AnyArray
 from attn_numba.rules.formula import COMPARISONS, Array, Binder, Node, lift, node, symbol
 from attn_numba.rules.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
@@ -31,6 +31,7 @@ from attn_numba.rules.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 ELEMENTS = {"b1": np.uint8, "i4": np.int32, "f4": np.float32, "f8": np.float64}  # as parameters hold them
 ENDS = ("i0", "i1", "j0", "j1")
 PAIR = "b, h, row_i, row_j, f, p"
+SLOPE_PAIR = f"s, ds, {PAIR}"
 
 
 class Hooks(NamedTuple):
@@ -48,6 +49,10 @@ class Hooks(NamedTuple):
     ``words(b, h, row_i, group, f, p)`` are the four random words of the keys at positions ``4 * group`` to ``4 * group
     + 3``, ``keeps(word, f, p)`` whether a word keeps its weight, ``kept(b, h, row_i, row_j, f, p)`` whether a pair's
     weight is kept, and ``keep_factor(p)`` what kept weights are multiplied by.
+
+    Of hooks for gradients, ``slope(s, ds, b, h, row_i, row_j, f, p)`` is the gradient by the product `s` of an allowed
+    pair, before the scale, from the gradient `ds` by its final score; and ``learned[n](...)``, of the same arguments,
+    that by the element which the pair reads of the n-th array of `rules.chain.Derivatives.learned`.
     """
 
     source: str  # the text of the functions: equal texts, the same functions
@@ -68,6 +73,8 @@ class Hooks(NamedTuple):
     keeps: Callable[..., Any] | None
     kept: Callable[..., Any] | None
     keep_factor: Callable[..., Any] | None
+    slope: Callable[..., Any] | None = None  # None: the gradient is only to be multiplied by the scale
+    learned: tuple[Callable[..., Any], ...] = ()
 
 
 class Bound(NamedTuple):
@@ -75,6 +82,7 @@ class Bound(NamedTuple):
 
     hooks: Hooks
     entries: tuple[Any, ...]
+    learned: tuple[int, ...] = ()  # the modifiers that the functions of that name belong to
 
     def signature(self) -> Any:
         """Return the type of `p`: a kernel's machine code depends on it and on the functions alone."""
@@ -85,24 +93,27 @@ _made: dict[tuple[str, str], Hooks] = {}
 _lock = threading.Lock()
 
 
-def bind(problem: Problem) -> Bound:
-    """Return the rules of a call as functions for the device and their parameters."""
+def bind(problem: Problem, gradients: bool = False) -> Bound:
+    """Return the rules of a call as functions for the device and their parameters; `gradients`, with derivatives."""
     sizes, binder = problem.sizes, Binder()
     offsets = (problem.query_offset, problem.key_offset)  # not bound, for binding one array twice binds it once
     binder.params += [np.ascontiguousarray(np.broadcast_to(np.asarray(x, np.int32), (sizes.B,))) for x in offsets]
     formulas = formulas_of(problem.mask, problem.modifiers, problem.scale, sizes, binder)
+    slopes = None
+    if gradients and problem.modifiers:
+        slopes = derivatives_of(problem.modifiers, problem.scale, sizes, binder)
     first_drop = None
     if problem.dropout is not None and problem.dropout.rate > 0:
         first_drop = len(binder.params)
         binder.params += _dropout_parameters(problem.dropout, sizes)
     number = problem.accumulator
     params = [_settled(x, number) if isinstance(x, np.ndarray) else x for x in binder.params]
-    source = _source(formulas, params, first_drop)
+    source = _source(formulas, slopes, params, first_drop)
     with _lock:
         key = (source, number.name)
         if key not in _made:
             _made[key] = _make(source, number, formulas, first_drop is not None)
-        return Bound(_made[key], _entries(params, number))
+        return Bound(_made[key], _entries(params, number), tuple(n for n, _ in slopes.learned) if slopes else ())
 
 
 # --- parameters ---
@@ -373,7 +384,7 @@ def _function(name: str, arguments: str, lines: list[str], result: str) -> str:
     return "\n    ".join([f"\ndef {name}({arguments}):", *lines, f"return {result}"]) + "\n"
 
 
-def _source(formulas: Formulas, params: list[Any], first_drop: int | None) -> str:
+def _source(formulas: Formulas, slopes: Derivatives | None, params: list[Any], first_drop: int | None) -> str:
     """Return the text of the functions: each is defined before those that call it."""
     seen, plain, score, _ = formulas
     b = symbol("b")
@@ -382,14 +393,17 @@ def _source(formulas: Formulas, params: list[Any], first_drop: int | None) -> st
     functions = []
     yes = lift(True)
     pairs = {
-        "allowed": yes if seen is None else seen.allowed,
-        "plain": yes if plain is None else plain,
-        "score": symbol("s", "float") if score is None else score,
+        "allowed": (PAIR, yes if seen is None else seen.allowed),
+        "plain": (PAIR, yes if plain is None else plain),
+        "score": (f"s, {PAIR}", symbol("s", "float") if score is None else score),
     }
-    for name, formula in pairs.items():
-        writer = _Writer(params, fixed, exact=name != "score")
+    if slopes is not None:
+        pairs["slope"] = SLOPE_PAIR, slopes.score
+        pairs |= {f"learned_{n}": (SLOPE_PAIR, formula) for n, (_, formula) in enumerate(slopes.learned)}
+    for name, (arguments, formula) in pairs.items():
+        writer = _Writer(params, fixed, exact=arguments == PAIR)
         result = writer.value(formula)
-        functions.append(_function(name, f"s, {PAIR}" if name == "score" else PAIR, writer.lines, result))
+        functions.append(_function(name, arguments, writer.lines, result))
     writer = _Writer(params, fixed)
     some, all_of = (writer.value(x) for x in ((seen.possible, seen.certain) if seen is not None else (yes, yes)))
     result = f"int32(2) if {all_of} else (int32(1) if {some} else int32(0))"
@@ -415,7 +429,8 @@ def _make(source: str, number: np.dtype[Any], formulas: Formulas, drops: bool) -
     """Return the functions of a text, each compiled for those that call it."""
     names = language(number)
     exec(compile(source, "<rules>", "exec"), names)
-    for name in ORDER:
+    learned = [name for name in names if name.startswith("learned_")]
+    for name in (*ORDER, "slope", *learned):
         if name in names:
             names[name] = device(names[name])
     seen = formulas.seen
@@ -427,7 +442,8 @@ def _make(source: str, number: np.dtype[Any], formulas: Formulas, drops: bool) -
         partial=formulas.partial,
         unknown=seen is not None and (_says(seen.certain, False) or _says(seen.possible, True)),
         drops=drops,
-        **{name: names.get(name) for name in ORDER},  # type: ignore[arg-type]
+        **{name: names.get(name) for name in (*ORDER, "slope")},  # type: ignore[arg-type]
+        learned=tuple(names[name] for name in learned),
     )
 
 

@@ -142,6 +142,8 @@ copy_wait1 = instruction("cp.async.wait_group 1;", None, effects=True)  # for al
 load_shared = instruction("ld.shared.b32 $0, [$1];", u32, u32, effects=True)
 store_shared = instruction("st.shared.b32 [$0], $1;", None, u32, u32, effects=True)
 load_shared4 = instruction("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", FOUR, u32, effects=True)
+FLOATS = types.UniTuple(f32, 4)
+load_shared_floats = instruction("ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", FLOATS, u32, effects=True)
 store_shared4 = instruction("st.shared.v4.b32 [$0], {$1,$2,$3,$4};", None, u32, u32, u32, u32, u32, effects=True)
 or_shared = instruction("red.shared.or.b32 [$0], $1;", None, u32, u32, effects=True)
 store_global4 = instruction("st.global.v4.b32 [$0], {$1,$2,$3,$4};", None, u64, u32, u32, u32, u32, effects=True)
@@ -185,7 +187,7 @@ address = _address(64)  # of an array; an address is one already
 
 # --- products of matrices: a warp's ---
 
-SUMS = types.UniTuple(f32, 4)
+SUMS = FLOATS
 
 
 def _mma(dtype: str) -> Callable[..., Any]:
