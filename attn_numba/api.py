@@ -193,7 +193,8 @@ def attention_vjp(
     backend : {"auto", "reference", "cpu", "cuda"}
         Who computes, as in `attention`.
     stream : int or stream, optional
-        As in `attention`.
+        As in `attention`. Gradients of arrays on a GPU are of q's kind, those by arrays of rules too; the `lse` of
+        `saved` is used there without a look at whether it is of this call.
 
     Returns
     -------
@@ -233,14 +234,15 @@ def attention_vjp(
     (array([1.833, 0.833, 0.333]), array(1.91666667))
     """
     name = choose_backend(backend, q, k, v, dout, cuda=True)
-    if name not in ("reference", "cpu"):
-        raise NotImplementedError(f"backend {name!r} does not compute gradients; 'reference' and 'cpu' do")
-    if stream is not None:
-        raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
     rules = {
         "mask": mask, "modifiers": modifiers, "score": score, "normalizer": normalizer, "scale": scale,
         "query_offset": query_offset, "key_offset": key_offset, "dropout": dropout,
     }  # fmt: skip
+    if name == "cuda":
+        on_cuda: Gradients = cuda_engine().attention_vjp(q, k, v, dout, saved=saved, stream=stream, **rules)
+        return on_cuda
+    if stream is not None:
+        raise ValueError(f"stream is {type(stream).__name__}; needed None for arrays in host memory")
     q, k, v, dout = (problems.host_array(x, label) for x, label in ((q, "q"), (k, "k"), (v, "v"), (dout, "dout")))
     if name == "reference":
         from attn_numba import reference

@@ -26,8 +26,9 @@ from attn_numba.gpu.tensor_cores import misplaced
 from attn_numba.problem import Problem
 from attn_numba.rules import Dot, Softmax
 from attn_numba.rules.arguments import DTYPES, check_lse
+from attn_numba.rules.results import Gradients
 
-__all__ = ["attention", "kernels_of", "programs_of"]
+__all__ = ["attention", "attention_vjp", "kernels_of", "programs_of"]
 
 Grid = tuple[int, int, int]
 Results = tuple[Any, Any, Any]  # out, lse, weights; None for what was not asked for
@@ -113,6 +114,13 @@ def attention(
         _run_uploaded(call, results)
     found, lse, weights = results
     return (_ranked(found, call.rank) if out is None else out), _ranked(lse, call.rank - 1), _ranked(weights, call.rank)
+
+
+def attention_vjp(q: Any, k: Any, v: Any, dout: Any, **options: Any) -> Gradients:
+    """Return the gradients of a call, as `gradients.attention_vjp` does."""
+    from attn_numba.gpu import gradients
+
+    return gradients.attention_vjp(q, k, v, dout, **options)
 
 
 def _ranked(array: Any, rank: int) -> Any:
@@ -293,13 +301,16 @@ def _rules_key(call: Problem, card: Card | None) -> Any:
     return (call.key, call.sizes, call.dtype, call.scale, *identities, None if card is None else card.index)
 
 
-def _rules_of(call: Problem, key: Any, card: Card | None, handle: int) -> Uploaded:
-    """Return the rules of a call with their arrays on the card, from memory if a like call had them there."""
+def _rules_of(call: Problem, key: Any, card: Card | None, handle: int, gradients: bool = False) -> Uploaded:
+    """Return the rules of a call with their arrays on the card, from memory if a like call had them there.
+
+    `key` tells rules with derivatives, `gradients`, from others.
+    """
     found = _uploaded.get(key)
     if found is None:
         # What is kept is used on other streams: it is complete before anything starts.
         on = handle if key is None else DEFAULT_STREAM
-        found = _upload_rules(call, card, on)
+        found = _upload_rules(call, card, on, gradients)
         if key is not None:
             if card is not None:
                 card.synchronize(card.stream(on))
@@ -307,13 +318,13 @@ def _rules_of(call: Problem, key: Any, card: Card | None, handle: int) -> Upload
     return found
 
 
-def _upload_rules(call: Problem, card: Card | None, handle: int) -> Uploaded:
+def _upload_rules(call: Problem, card: Card | None, handle: int, gradients: bool) -> Uploaded:
     from attn_numba.gpu.forward_general import units_of
 
     def upload(x: Any) -> Any:
         return uploaded(x, card, handle) if card is not None and isinstance(x, np.ndarray) else x
 
-    bound = bind(call)
+    bound = bind(call, gradients)
     sink = None
     if getattr(call.normalizer, "sink", None) is not None:
         values = call.normalizer.sink_array(call.sizes)  # type: ignore[attr-defined]

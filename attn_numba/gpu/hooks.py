@@ -82,7 +82,6 @@ class Bound(NamedTuple):
 
     hooks: Hooks
     entries: tuple[Any, ...]
-    learned: tuple[int, ...] = ()  # the modifiers that the functions of that name belong to
 
     def signature(self) -> Any:
         """Return the type of `p`: a kernel's machine code depends on it and on the functions alone."""
@@ -113,7 +112,7 @@ def bind(problem: Problem, gradients: bool = False) -> Bound:
         key = (source, number.name)
         if key not in _made:
             _made[key] = _make(source, number, formulas, first_drop is not None)
-        return Bound(_made[key], _entries(params, number), tuple(n for n, _ in slopes.learned) if slopes else ())
+        return Bound(_made[key], _entries(params, number))
 
 
 # --- parameters ---

@@ -13,7 +13,7 @@ __all__ = ["Program"]
 class Program(NamedTuple):
     """One kernel as it is compiled; equal fields but for `make` are the same machine code."""
 
-    name: str  # of the kernel: "general", "mma", "wgmma", "weights", "unit_rows", "products"
+    name: str  # of the kernel: "general", "mma", "wgmma", "weights", "unit_rows", "products", "gradient", "sums", ...
     options: tuple[Any, ...]  # all that `make` depends on beside the rules; its repr is the same in every process
     hooks: Hooks | None  # the rules that are compiled in, told apart by `hooks.source` and `hooks.number`
     make: Callable[[], Callable[..., None]]  # returns the plain function; called where machine code is not at hand

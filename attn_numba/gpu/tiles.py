@@ -27,12 +27,15 @@ __all__ = [
     "ALL",
     "NONE",
     "SOME",
+    "Products",
     "Scoring",
     "Tile",
     "index",
     "loader",
     "multiplier",
+    "producing",
     "scoring",
+    "settling",
     "shapes",
     "wait",
 ]
@@ -231,43 +234,14 @@ def _repeated(add: Callable[..., Any], count: int) -> Callable[..., Any]:
     return both
 
 
-def scoring(
-    hooks: Hooks, tile: Tile, *, query_name: str, key_name: str, additive: bool = False, chain: int = CHAIN
-) -> Scoring:
-    """Return the functions for the scores of a call's tiles.
-
-    Parameters
-    ----------
-    hooks : Hooks
-        The rules of the call.
-    tile : Tile
-        Sizes of the block.
-    query_name, key_name : str
-        Of the numbers that q and k hold in memory.
-    additive : bool
-        Whether a score is ``w . tanh(q + k)``, and not ``q . k``.
-    chain : int
-        Products that are summed in one run, a multiple of the tile's depth.
-    """
-    names = language(np.dtype(hooks.number))
-    real, int32, tanh, product = (names[name] for name in ("number", "int32", "tanh", "product"))
-    fixed_masks, scored, partial, unknown = hooks.masks, hooks.scores, hooks.partial, hooks.unknown
-    scaled = scored and not partial
-    allowed, plain, score, kind_of, look, answer = (
-        hooks.allowed, hooks.plain, hooks.score, hooks.kind, hooks.look, hooks.answer,
-    )  # fmt: skip
-    tile.check()
-    rows_tile, keys_tile, _, depth, R, C, vector = tile
-    threads, groups, span = tile.threads, C // vector, tile.block[0] * vector
-    count = R * C
-    query_loads = rows_tile * depth // threads
-    multiply = multiplier(tile, C)
-    fetch_queries, put_queries = loader(tile, rows_tile, query_name, real)
-    fetch_keys, put_keys = loader(tile, keys_tile, key_name, real, query_loads)
+def settling(hooks: Hooks, rows: int, keys: int, threads: int) -> Callable[..., Any]:
+    """Return the function `Scoring.kind` of tiles of so many rows and keys, for blocks of so many threads."""
+    int32, unknown = language(np.dtype(hooks.number))["int32"], hooks.unknown
+    kind_of, look, answer = hooks.kind, hooks.look, hooks.answer
 
     @device
     def kind(b, h, i0, j0, M, N, f, p, t, flags):
-        i1, j1 = int32(min(i0 + rows_tile, M)), int32(min(j0 + keys_tile, N))
+        i1, j1 = int32(min(i0 + rows, M)), int32(min(j0 + keys, N))
         found = int32(kind_of(b, h, int32(i0), i1, int32(j0), j1, f, p))
         if unknown and found == SOME:
             wait()
@@ -283,6 +257,39 @@ def scoring(
             wait()
             found = int32(answer(int32(flags[1] | flags[2])))
         return found
+
+    return kind
+
+
+class Products(NamedTuple):
+    """Device functions for the products of two tiles of rows.
+
+    ``products(s, h, i0, j0, queries, keys, units, tx, ty, t, held, qs, ks, ws)`` fills `s` with the products of the
+    thread's pairs, before any rule, from row i0 of `queries` (M, D) and row j0 of `keys` (N, D) on. Shared memory is
+    as `Scoring` has it.
+
+    ``leave(s, ws, tx, ty)`` puts the thread's numbers in their places in `ws`, ``take(s, ws, tx, ty)`` takes them back.
+    """
+
+    products: Callable[..., Any]
+    leave: Callable[..., Any]
+    take: Callable[..., Any]
+
+
+def producing(
+    tile: Tile, number: np.dtype[Any], query_name: str, key_name: str, additive: bool = False, chain: int = CHAIN
+) -> Products:
+    """Return the functions for products of tiles, in numbers of a dtype; the rest is as `scoring` has it."""
+    names = language(np.dtype(number))
+    real, tanh = names["number"], names["tanh"]
+    tile.check()
+    rows_tile, keys_tile, _, depth, R, C, vector = tile
+    groups, span = C // vector, tile.block[0] * vector
+    count = R * C
+    query_loads = rows_tile * depth // tile.threads
+    multiply = multiplier(tile, C)
+    fetch_queries, put_queries = loader(tile, rows_tile, query_name, real)
+    fetch_keys, put_keys = loader(tile, keys_tile, key_name, real, query_loads)
 
     @device
     def add_units(s, qs, ks, tx, ty, units, first, end):
@@ -319,30 +326,7 @@ def scoring(
                     s[(r * groups + g) * vector + c] = ws[index(tx * vector + g * span + c), index(ty * R + r)]
 
     @device
-    def edit(ws, b, h, i0, j0, M, N, whole, factor, f, p, tx, ty):
-        """Apply the rules to the thread's scores in their places."""
-        for n in range(count):
-            row, c = ty * R + n % R, n // R
-            column = tx * vector + c // vector * span + c % vector
-            i, j = int32(i0 + row), int32(j0 + column)
-            seen = i < M and j < N
-            x = ws[column, row]
-            if partial:
-                if seen and not whole and not plain(b, h, i, j, f, p):
-                    seen = allowed(b, h, i, j, f, p)
-                    if seen:
-                        x = real(score(x, b, h, i, j, f, p))
-            else:
-                if fixed_masks and seen and not whole:
-                    seen = allowed(b, h, i, j, f, p)
-                if scored and seen:
-                    x = real(score(x, b, h, i, j, f, p))
-            if not scaled:
-                x = real(product(x, factor))
-            ws[column, row] = x if seen else real(-math.inf)
-
-    @device
-    def scores(s, b, h, i0, j0, whole, queries, keys, units, factor, f, p, tx, ty, t, held, qs, ks, ws):
+    def products(s, h, i0, j0, queries, keys, units, tx, ty, t, held, qs, ks, ws):
         M, N, D = queries.shape[0], keys.shape[0], queries.shape[1]
         for n in range(count):
             s[n] = real(0)
@@ -367,6 +351,65 @@ def scoring(
                 multiply(s, qs, 0, ks, tx, ty)
         if chain < D:
             add_left(s, ws, tx, ty)
+
+    return Products(products, leave, take)
+
+
+def scoring(
+    hooks: Hooks, tile: Tile, *, query_name: str, key_name: str, additive: bool = False, chain: int = CHAIN
+) -> Scoring:
+    """Return the functions for the scores of a call's tiles.
+
+    Parameters
+    ----------
+    hooks : Hooks
+        The rules of the call.
+    tile : Tile
+        Sizes of the block.
+    query_name, key_name : str
+        Of the numbers that q and k hold in memory.
+    additive : bool
+        Whether a score is ``w . tanh(q + k)``, and not ``q . k``.
+    chain : int
+        Products that are summed in one run, a multiple of the tile's depth.
+    """
+    names = language(np.dtype(hooks.number))
+    real, int32, product = (names[name] for name in ("number", "int32", "product"))
+    fixed_masks, scored, partial = hooks.masks, hooks.scores, hooks.partial
+    scaled = scored and not partial
+    allowed, plain, score = hooks.allowed, hooks.plain, hooks.score
+    rows_tile, keys_tile, _, _, R, C, vector = tile
+    span, count = tile.block[0] * vector, R * C
+    kind = settling(hooks, rows_tile, keys_tile, tile.threads)
+    products, leave, take = producing(tile, np.dtype(hooks.number), query_name, key_name, additive, chain)
+
+    @device
+    def edit(ws, b, h, i0, j0, M, N, whole, factor, f, p, tx, ty):
+        """Apply the rules to the thread's scores in their places."""
+        for n in range(count):
+            row, c = ty * R + n % R, n // R
+            column = tx * vector + c // vector * span + c % vector
+            i, j = int32(i0 + row), int32(j0 + column)
+            seen = i < M and j < N
+            x = ws[column, row]
+            if partial:
+                if seen and not whole and not plain(b, h, i, j, f, p):
+                    seen = allowed(b, h, i, j, f, p)
+                    if seen:
+                        x = real(score(x, b, h, i, j, f, p))
+            else:
+                if fixed_masks and seen and not whole:
+                    seen = allowed(b, h, i, j, f, p)
+                if scored and seen:
+                    x = real(score(x, b, h, i, j, f, p))
+            if not scaled:
+                x = real(product(x, factor))
+            ws[column, row] = x if seen else real(-math.inf)
+
+    @device
+    def scores(s, b, h, i0, j0, whole, queries, keys, units, factor, f, p, tx, ty, t, held, qs, ks, ws):
+        M, N = queries.shape[0], keys.shape[0]
+        products(s, h, i0, j0, queries, keys, units, tx, ty, t, held, qs, ks, ws)
         if scaled or not whole or j0 + keys_tile > N:
             leave(s, ws, tx, ty)
             edit(ws, b, h, i0, j0, M, N, whole, factor, f, p, tx, ty)

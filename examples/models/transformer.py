@@ -55,8 +55,8 @@ class Transformer:
     ----------
     parameters : dict of str to array
         `embedding (V, C)`; for each layer n `n.attention_norm (C,)`, `n.query.weight`, `n.key.weight`,
-        `n.value.weight`, `n.output.weight` (C, C), `n.mlp_norm (C,)`, `n.up (C, 4 C)`, `n.down (4 C, C)`; `norm (C,)`; `head (C, V)`.
-        Change them in place: the attention layers hold the same arrays.
+        `n.value.weight`, `n.output.weight` (C, C), `n.mlp_norm (C,)`, `n.up (C, 4 C)`, `n.down (4 C, C)`; `norm (C,)`;
+        `head (C, V)`. Change them in place: the attention layers hold the same arrays.
     seconds : dict of str to float
         Time in the attention layers so far, projections and rotation included: `forward` and `backward`.
     """
