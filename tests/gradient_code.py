@@ -11,14 +11,9 @@ from machine_code import report
 
 LEARNED = [an.SoftCap(3.0), an.ALiBi(0.5), an.Temperature(2.0)]
 KERNELS = {  # architecture, dtype, head and value size, arguments of `attention`
-    "full": ((9, 0), "float32", 64, {}),
     "causal": ((8, 0), "float32", 128, {"mask": an.Causal()}),
     "double precision": ((8, 0), "float64", 64, {"mask": an.Causal(), "dropout": an.Dropout(0.3, 1)}),
-    "bias in double precision": ((9, 0), "float64", 64, {"modifiers": [an.Bias(np.zeros(100))] * 3}),
-    "bias": ((8, 0), "float32", 64, {"modifiers": [an.Bias(np.zeros(100))] * 3}),
-    "search": ((9, 0), "float32", 128, {"mask": an.Causal(), "normalizer": an.Entmax15()}),
     "modifiers": ((9, 0), "float32", 64, {"modifiers": LEARNED, "query_offset": 0}),
-    "16 bits": ((8, 0), "float16", 128, {"mask": an.Causal(), "normalizer": an.Softmax(0.5)}),
 }
 
 

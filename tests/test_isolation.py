@@ -10,6 +10,7 @@ import attn_numba as an
 from attn_numba.rules import places_of
 from attn_numba.testing import LAST_PLACES
 from cases import allowed
+from processes import run_python
 from random_cases import BATCHES, RULES, random_call, random_sizes, seeds
 
 BACKENDS = [name for name, (available, _) in an.backends().items() if available and name != "reference"]
@@ -138,3 +139,26 @@ def test_a_bad_query_spoils_its_own_row_only(value, backend):
         kept, before = (np.delete(getattr(x, name)[0, 1], 7, 0) for x in (found, expected))
         np.testing.assert_array_equal(kept, before)
         np.testing.assert_array_equal(getattr(found, name)[0, 0], getattr(expected, name)[0, 0])
+
+
+DENORMALS = """
+import numpy as np, torch
+import attn_numba as an
+
+q, k, v = (np.random.default_rng(n).standard_normal((1, 4, 200, 16)) for n in range(3))
+v *= 2.0**-1040  # denormals in float64
+an.set_threads(THREADS)
+torch.set_flush_denormal(True)
+flushed = an.attention(q, k, v, backend="cpu")
+print(np.array([2.0**-1040]) * 0.5 == 0.0)
+torch.set_flush_denormal(False)
+usual = an.attention(q, k, v, backend="cpu")
+print(np.abs(usual).max() > 0, np.array_equal(flushed, usual))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_numbers_do_not_depend_on_the_mode_of_the_calling_thread(threads):
+    """A thread that takes denormals for zeros, as XLA's do, gets the same numbers, and keeps its mode."""
+    pytest.importorskip("torch")
+    assert run_python(DENORMALS.replace("THREADS", str(threads))) == "[ True]\nTrue True\n"

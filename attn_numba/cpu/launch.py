@@ -62,8 +62,7 @@ work:
   %worker = call i64 @word(i64 %box, i64 {WORKER})
   %state = call i64 @word(i64 %box, i64 {STATE})
   %number = call i64 @word(i64 %box, i64 {NUMBER})
-  %function = inttoptr i64 %worker to ptr
-  call void %function(i64 %state, i64 %number)
+  call void @compute(i64 %worker, i64 %state, i64 %number)
   store atomic i64 1, ptr %finished.at seq_cst, align 8
   call void @release(i64 %done)
   br label %watch
@@ -105,8 +104,7 @@ body:
   call void @rouse(i64 %box)
   br label %head
 own:
-  %function = inttoptr i64 %worker to ptr
-  call void %function(i64 %state, i64 0)
+  call void @compute(i64 %worker, i64 %state, i64 0)
   br label %collect
 collect:
   %m = phi i64 [0, %own], [%after, %collected]
@@ -129,6 +127,14 @@ collected:
   %after = add i64 %m, 1
   br label %collect
 end:
+  ret void
+}}
+
+define void @compute(i64 %worker, i64 %state, i64 %number) {{
+  {begin}
+  %function = inttoptr i64 %worker to ptr
+  call void %function(i64 %state, i64 %number)
+  {end}
   ret void
 }}
 
@@ -174,7 +180,22 @@ define internal void @release(i64 %lock) {{
 """
 
 _word = ctypes.c_int64
-SIGNATURES = {"serve": (_word,), "rouse": (_word,), "launch": (_word,) * 4}
+SIGNATURES = {"serve": (_word,), "rouse": (_word,), "launch": (_word,) * 4, "compute": (_word,) * 3}
+
+# A thread of another library may compute with denormals as zeros, and one that it starts does too: XLA's threads do.
+# Numbers must not depend on who calls, so work is done in the usual mode, and the caller's is put back.
+X86 = {
+    "declarations": """declare void @llvm.x86.sse2.pause()
+declare void @llvm.x86.sse.stmxcsr(ptr)
+declare void @llvm.x86.sse.ldmxcsr(ptr)""",
+    "pause": "call void @llvm.x86.sse2.pause()",
+    "begin": """%before = alloca i32, align 4
+  %usual = alloca i32, align 4
+  call void @llvm.x86.sse.stmxcsr(ptr %before)
+  store i32 8064, ptr %usual, align 4  ; all exceptions masked, to nearest, denormals kept
+  call void @llvm.x86.sse.ldmxcsr(ptr %usual)""",
+    "end": "call void @llvm.x86.sse.ldmxcsr(ptr %before)",
+}
 
 
 @functools.cache
@@ -183,8 +204,7 @@ def _code() -> dict[str, ctypes._CFuncPtr]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     places = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int)}
     text = SOURCE.format(
-        declarations="declare void @llvm.x86.sse2.pause()" if x86 else "",
-        pause="call void @llvm.x86.sse2.pause()" if x86 else "",
+        **(X86 if x86 else dict.fromkeys(X86, "")),
         acquire=_python_function("PyThread_acquire_lock"), release=_python_function("PyThread_release_lock"), **places,
     )  # fmt: skip
     addresses = compile_hooks(text)
@@ -242,12 +262,7 @@ class Team:
         if count > 1:
             _code()["launch"](worker, state, ctypes.addressof(self._boxes), count - 1)
         else:
-            _callable(worker)(state, 0)
-
-
-@functools.cache
-def _callable(worker: int) -> ctypes._CFuncPtr:
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(worker)  # releases the interpreter's lock
+            _code()["compute"](worker, state, 0)
 
 
 _idle: list[Helper] = []

@@ -136,10 +136,9 @@ def test_same_bits_for_any_number_of_threads(name, backend):
     arrays = long_arrays()
     with an.threads(1):
         alone = an.attention_vjp(*arrays, backend=backend, **LONG[name])
-    for threads in (2, 3, 8):
+    for threads in (2, 5):
         with an.threads(threads):
-            for _ in range(2):
-                assert same_bits(alone, an.attention_vjp(*arrays, backend=backend, **LONG[name])), threads
+            assert same_bits(alone, an.attention_vjp(*arrays, backend=backend, **LONG[name])), threads
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "window", "sparsemax", "softmax twice", "negative scale"])
