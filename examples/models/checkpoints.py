@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ Array = NDArray[Any]
 
 def write(path: Path, arrays: Mapping[str, Array], said: Mapping[str, Any]) -> None:
     """Write arrays, and beside them values that JSON can hold; whoever reads sees the old file or the whole new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        os.close(descriptor)
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, _header(said))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # the name may move to the new file only after its bytes are on the disk
