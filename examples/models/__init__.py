@@ -1,1 +1,1 @@
-"""Two published models and one to train, in plain NumPy, every attention computed by attn_numba, and what scripts share."""
+"""Two published models and one to train, in plain NumPy with attention by attn_numba, and what their scripts share."""
