@@ -110,7 +110,7 @@ def pairing(hooks: Hooks, normalizer: type) -> Pairs:
             x = above(y, facts, line)
             if square:
                 return x * rest
-            return real(0) if x == 0 else rest
+            return real(0) * rest if x == 0 else rest  # NaN stays NaN
         first = exp(y - facts[SHIFT, line]) * facts[SCALE, line]
         if doubles:
             return first * (exp(first) * facts[SECOND, line] * rest - facts[OTHER, line])
