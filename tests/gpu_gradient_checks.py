@@ -11,7 +11,7 @@ import attn_numba as an
 import cases
 import general_checks
 from attn_numba import problem, reference
-from attn_numba.gpu import backward_general, backward_rows, backward_rules, engine, gradients
+from attn_numba.gpu import backward_general, backward_rows, backward_rules, backward_sums, engine, gradients, maps
 from attn_numba.gpu.hooks import bind
 from attn_numba.gpu.kept import Kept
 from attn_numba.gpu.tiles import Tile
@@ -54,7 +54,7 @@ def hidden_rows(rng, z):
 
 ADDED = {  # beside those of the forward pass: name -> sizes, and arguments as `general_checks.RULES` has them
     "CustomModifier": (SIZES, {"modifiers": SLOPED, "query_offset": 0}),
-    "long rows": (Sizes(1, 1, 1, 1, 3, 133, 1), {}),  # those of the forward pass take minutes here
+    "long rows": (Sizes(1, 1, 1, 1, 3, 29, 1), {}),  # those of the forward pass take minutes here
     "Bias of one number": (SMALL, {"modifiers": lambda rng, z: [an.Bias(0.3), an.SoftCap(1.5)]}),
     "Bias by key": (SMALL, {"modifiers": cases.bias("N")}),
     "Bias by head and key": (SMALL, {"modifiers": lambda rng, z: an.Bias(rng.standard_normal((z.H, 1, z.N)))}),
@@ -88,19 +88,23 @@ IN_64_BITS = ("plain", "sink", "modifiers in order", "two by pair", "Additive", 
 
 
 @contextlib.contextmanager
-def tiles(tile):
-    """Let all kernels have a tile of this size, and remember none of other sizes."""
+def tiles(tile, few=True):
+    """Let kernels have a tile of this size, those of maps and sums few threads, and remember none of other sizes."""
     modules = backward_general, backward_rows, backward_rules
-    before = [module.tile_of for module in modules], gradients._prepared
-    gradients._prepared = Kept(8)
-    for module in modules:
-        module.tile_of = lambda *_: tile
+    changes = [(module, "tile_of", lambda *_: tile) for module in modules]
+    changes.append((gradients, "_prepared", Kept(8)))
+    if few:
+        changes += [(maps, "UNIT_BLOCK", (3, 2)), (maps, "PRODUCT_BLOCK", (4, 2))]
+        sizes = {"THREADS": 4, "ROWS": 2, "SIDE": 4, "DEPTH": 4}
+        changes += [(backward_sums, name, size) for name, size in sizes.items()]
+    before = [getattr(module, name) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        gradients._prepared = before[1]
-        for module, tile_of in zip(modules, before[0], strict=True):
-            module.tile_of = tile_of
+        for (module, name, _), value in zip(changes, before, strict=True):
+            setattr(module, name, value)
 
 
 @contextlib.contextmanager
@@ -412,7 +416,7 @@ def check_plain_hooks():
 
 
 def check_real_tiles():
-    """Two queries in the tiles that cards get."""
+    """A query in the tiles that cards get, and the kernels of maps and sums with the threads they have there."""
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.standard_normal((1, 1, n, 2)).astype(np.float32) for n in (1, 3, 3, 1))
     expected = reference.attention_vjp(q, k, v, dout)
@@ -421,4 +425,9 @@ def check_real_tiles():
         found = an.attention_vjp(q, k, v, dout, backend="cuda")
     for name in "qkv":
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    *arrays, arguments = made("Bilinear", "float32")
+    expected = reference.attention_vjp(*(x.astype(np.float64) for x in arrays), **arguments)
+    with tiles(WIDE, few=False):
+        found = an.attention_vjp(*arrays, backend="cuda", **arguments)
+    compared(found, expected, "Bilinear", "float32")
     print(backward_general.tile_of(call, 2), backward_rows.tile_of(call))

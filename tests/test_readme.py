@@ -33,7 +33,7 @@ def test_the_two_commands_install_and_run():
     (commands,) = blocks(TEXT, "sh")
     first, second = commands.splitlines()
     assert first == 'pip install -e ".[demo]" && python examples/generate.py "What is the capital of France?"'
-    assert second == 'pip install -e ".[test]" && pytest -n 2'
+    assert second == 'pip install -e ".[test]" && pytest -n 2 --dist worksteal'
     assert (README.parent / "examples" / "generate.py").is_file()
 
 

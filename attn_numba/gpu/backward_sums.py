@@ -23,7 +23,7 @@ __all__ = [
 
 THREADS = 32 if SIMULATED else 128  # of a block that sums
 ROWS = 4  # of a block that undoes a map, 32 threads each
-SIDE, DEPTH = 16, 16  # of a tile of weights, and rows in shared memory at a time
+SIDE = DEPTH = 16  # of a tile of weights, and rows in shared memory at a time: a thread brings one number of each
 
 
 # --- sums over axes ---

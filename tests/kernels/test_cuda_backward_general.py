@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from processes import run_python
+from simulation import run_simulated
 
 pytestmark = pytest.mark.skipif(find_spec("numba_cuda") is None, reason="needs numba-cuda")
 RULE_PARTS, NORMALIZER_PARTS, CODE_PARTS = 5, 2, 3
@@ -16,9 +17,7 @@ RULE_PARTS, NORMALIZER_PARTS, CODE_PARTS = 5, 2, 3
 
 def simulated(call):
     """Return the lines that a check prints."""
-    return run_python(
-        f"import gpu_gradient_checks; gpu_gradient_checks.{call}", NUMBA_ENABLE_CUDASIM="1", PYTHONWARNINGS="ignore"
-    ).splitlines()
+    return run_simulated(f"import gpu_gradient_checks; gpu_gradient_checks.{call}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from processes import run_python
+from simulation import run_simulated
 
 pytestmark = pytest.mark.skipif(find_spec("numba_cuda") is None, reason="needs numba-cuda")
 PARTS = 2
@@ -15,9 +16,7 @@ PARTS = 2
 
 def simulated(call):
     """Return the lines that a check prints."""
-    return run_python(
-        f"import general_checks; general_checks.{call}", NUMBA_ENABLE_CUDASIM="1", PYTHONWARNINGS="ignore"
-    ).splitlines()
+    return run_simulated(f"import general_checks; general_checks.{call}")
 
 
 @pytest.mark.parametrize("part", range(PARTS))
