@@ -38,6 +38,10 @@ if TYPE_CHECKING:
         top_keys as top_keys,
         weights_of as weights_of,
     )
+    from attn_numba.integrations.sklearn import (
+        AttentionClassifier as AttentionClassifier,
+        AttentionRegressor as AttentionRegressor,
+    )
     from attn_numba.layer_results import MultiHeadGradients as MultiHeadGradients, MultiHeadSaved as MultiHeadSaved
     from attn_numba.layers import SelfAttention as SelfAttention
     from attn_numba.multi_head import MultiHeadAttention as MultiHeadAttention
@@ -93,14 +97,18 @@ _HOMES = {
     ),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("reference", "rules", "sequences", "testing")
+_OPTIONAL = {  # of libraries that may not be installed, so no part of `__all__`
+    "AttentionClassifier": "integrations.sklearn",
+    "AttentionRegressor": "integrations.sklearn",
+}
+_MODULES = ("learning", "reference", "rules", "sequences", "testing")
 
 __all__ = [*_HOME_OF, "reference", "sequences"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        value = getattr(importlib.import_module(f"attn_numba.{_HOME_OF[name]}"), name)
+    if home := _HOME_OF.get(name) or _OPTIONAL.get(name):
+        value = getattr(importlib.import_module(f"attn_numba.{home}"), name)
     elif name in _MODULES:
         value = importlib.import_module(f"attn_numba.{name}")
     else:

@@ -29,8 +29,8 @@ with command.optional_imports("demo,plot"):
     from tqdm import tqdm
 
     from attn_numba.integrations.rich import print_table
+    from attn_numba.learning import AdamW, Settings
     from models import checkpoints, corpus
-    from models.adamw import AdamW, Settings
     from models.ngram import Ngram
     from models.transformer import Config, Transformer
 

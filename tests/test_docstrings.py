@@ -19,7 +19,7 @@ from attn_numba import reference, rules
 
 SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
 NOTHING = (None, "None", "Iterator[None]")
-OPTIONAL_LIBRARIES = {"cupy", "jax", "matplotlib", "ml_dtypes", "rich", "safetensors", "torch", "tqdm"}
+OPTIONAL_LIBRARIES = {"cupy", "jax", "matplotlib", "ml_dtypes", "rich", "safetensors", "sklearn", "torch", "tqdm"}
 
 
 def modules() -> Iterator[str]:
@@ -56,6 +56,7 @@ def public() -> Iterator[tuple[str, Any]]:
     owners.append(("attn_numba.reference", reference, reference.__all__))
     shorts = [
         "files",
+        "learning",
         "job",
         "comparison",
         "workloads",
@@ -66,7 +67,9 @@ def public() -> Iterator[tuple[str, Any]]:
         "options",
         "plotting",
     ]
-    shorts += [f"integrations.{name}" for name in ("jax", "matplotlib", "torch") if importlib.util.find_spec(name)]
+    shorts += [
+        f"integrations.{name}" for name in ("jax", "matplotlib", "sklearn", "torch") if importlib.util.find_spec(name)
+    ]
     for short in shorts:
         module = importlib.import_module(f"attn_numba.{short}")
         owners.append((module.__name__, module, module.__all__))
@@ -124,7 +127,7 @@ def test_docstring_matches_signature(name):
     found = sections(text)
     wanted = parameters(thing)
     if inspect.isclass(thing) and not (dataclasses.is_dataclass(thing) or issubclass(thing, tuple)):
-        wanted = parameters(thing.__init__) if "__init__" in vars(thing) else []
+        wanted = parameters(thing.__init__) if inspect.isfunction(thing.__init__) else []
     if is_method(name) and "Parameters" not in found:
         return  # methods of one class share their parameters, which its docstring or its base's explains
     assert described(found.get("Parameters", "")) == wanted, f"{name}: parameters in the docstring and in the signature"

@@ -16,7 +16,8 @@ for library in ("safetensors", "tqdm", "rich", "matplotlib"):
 sys.path.append(str(EXAMPLES))
 
 import train  # noqa: E402
-from models import adamw, checkpoints, command, corpus, ngram, transformer  # noqa: E402
+from attn_numba.learning import AdamW, Settings  # noqa: E402
+from models import checkpoints, command, corpus, ngram, transformer  # noqa: E402
 
 
 def a_run(steps: int = 6, characters: int = 6000) -> train.Run:
@@ -169,8 +170,8 @@ def test_the_text_is_cut_into_three_parts():
 def test_the_first_step_of_the_optimizer():
     """Moments start at 0 and are corrected for it: the first step is the rate, against the gradient's sign."""
     parameters = {"weight": np.array([[1.0, -2.0]]), "gain": np.array([3.0])}
-    settings = adamw.Settings(steps=10, rate=0.1, warmup=1, weight_decay=0.5, longest=1e9)
-    optimizer = adamw.AdamW(parameters, settings)
+    settings = Settings(steps=10, rate=0.1, warmup=1, weight_decay=0.5, longest=1e9)
+    optimizer = AdamW(parameters, settings)
     length = optimizer.update({"weight": np.array([[0.3, -4.0]]), "gain": np.array([0.0])}, 0)
     assert length == pytest.approx(np.hypot(0.3, 4.0))
     np.testing.assert_allclose(parameters["weight"], [[0.95 - 0.1, -1.9 + 0.1]], rtol=1e-6)

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import attn_numba as an
+from attn_numba.learning import log_sum, normalize, normalize_vjp, rows
 
 Array = NDArray[Any]
 Tokens = NDArray[np.int64]
 
-EPSILON = 1e-6  # added to the mean square of a state
 EXPANSION = 4  # how many times larger a state is inside the MLP
 
 
@@ -112,24 +112,24 @@ class Transformer:
         p = self.parameters
         hidden = p["embedding"][tokens]
         for n, layer in enumerate(self.attention):
-            normal, size = _normalize(hidden)
+            normal, size = normalize(hidden)
             states = normal * p[f"{n}.attention_norm"]
             begin = time.perf_counter()
             found = layer(states, mask=an.Causal(), return_saved=kept is not None, backend=self.backend)
             self.seconds["forward"] += time.perf_counter() - begin
             out, saved = found if kept is not None else (found, None)
             hidden = hidden + out
-            normal_mlp, size_mlp = _normalize(hidden)
+            normal_mlp, size_mlp = normalize(hidden)
             # One product over all rows, (B M, C): NumPy makes B small ones of a product of three axes.
-            inner = _rows(normal_mlp * p[f"{n}.mlp_norm"]) @ p[f"{n}.up"]
+            inner = rows(normal_mlp * p[f"{n}.mlp_norm"]) @ p[f"{n}.up"]
             np.maximum(inner, 0, out=inner)
             hidden = hidden + ((inner * inner) @ p[f"{n}.down"]).reshape(hidden.shape)
             if kept is not None:
                 kept.append((normal, size, states, saved, normal_mlp, size_mlp, inner))
-        normal, size = _normalize(hidden)
+        normal, size = normalize(hidden)
         if kept is not None:
             kept.append((normal, size))
-        return (_rows(normal * p["norm"]) @ p["head"]).reshape(*tokens.shape, -1)
+        return (rows(normal * p["norm"]) @ p["head"]).reshape(*tokens.shape, -1)
 
     def gradients(self, tokens: Tokens, following: Tokens) -> tuple[float, dict[str, Array]]:
         """Return the loss and its gradient by every parameter.
@@ -148,32 +148,32 @@ class Transformer:
         """
         p, kept = self.parameters, []
         logits = self.forward(tokens, kept)
-        loss, dlogits = _cross_entropy(_rows(logits), following.reshape(-1))
+        loss, dlogits = _cross_entropy(rows(logits), following.reshape(-1))
         found: dict[str, Array] = {}
         normal, size = kept.pop()
-        found["head"] = _rows(normal * p["norm"]).T @ dlogits
+        found["head"] = rows(normal * p["norm"]).T @ dlogits
         dstates = (dlogits @ p["head"].T).reshape(normal.shape)
-        dhidden, found["norm"] = _normalize_vjp(dstates, normal, size, p["norm"])
+        dhidden, found["norm"] = normalize_vjp(dstates, normal, size, p["norm"])
         for n in reversed(range(self.config.layers)):
             normal, size, states, saved, normal_mlp, size_mlp, inner = kept.pop()
-            rows = _rows(dhidden)
-            found[f"{n}.down"] = (inner * inner).T @ rows
-            dinner = (rows @ p[f"{n}.down"].T) * inner
+            flat = rows(dhidden)
+            found[f"{n}.down"] = (inner * inner).T @ flat
+            dinner = (flat @ p[f"{n}.down"].T) * inner
             dinner *= 2  # of the square; where the ReLU is 0, so is `inner`
-            found[f"{n}.up"] = _rows(normal_mlp * p[f"{n}.mlp_norm"]).T @ dinner
+            found[f"{n}.up"] = rows(normal_mlp * p[f"{n}.mlp_norm"]).T @ dinner
             dstates = (dinner @ p[f"{n}.up"].T).reshape(normal.shape)
-            added, found[f"{n}.mlp_norm"] = _normalize_vjp(dstates, normal_mlp, size_mlp, p[f"{n}.mlp_norm"])
+            added, found[f"{n}.mlp_norm"] = normalize_vjp(dstates, normal_mlp, size_mlp, p[f"{n}.mlp_norm"])
             dhidden = dhidden + added
             begin = time.perf_counter()
             inside = self.attention[n].vjp(states, dhidden, mask=an.Causal(), saved=saved, backend=self.backend)
             self.seconds["backward"] += time.perf_counter() - begin
             found |= {f"{n}.{name}": array for name, array in inside.parameters.items()}
-            added, found[f"{n}.attention_norm"] = _normalize_vjp(inside.hidden, normal, size, p[f"{n}.attention_norm"])
+            added, found[f"{n}.attention_norm"] = normalize_vjp(inside.hidden, normal, size, p[f"{n}.attention_norm"])
             dhidden = dhidden + added
         # A character's row is the sum over its places: a product with ones there, in one fixed order.
         places = np.zeros((tokens.size, self.config.vocabulary), dhidden.dtype)
         places[np.arange(tokens.size), tokens.reshape(-1)] = 1
-        found["embedding"] = places.T @ _rows(dhidden)
+        found["embedding"] = places.T @ rows(dhidden)
         return loss, {name: found[name] for name in p}
 
     def bits(self, tokens: Tokens, start: int, context: int, batch: int = 16) -> float:
@@ -196,7 +196,7 @@ class Transformer:
             fresh = ends - (last[first : first + batch] - half)  # the last window may bring fewer
             places = ends[:, None] - context + np.arange(context)
             logits = self.forward(tokens[places]).astype(np.float64)
-            nats = _log_sum(logits)[..., 0] - np.take_along_axis(logits, tokens[places + 1][..., None], 2)[..., 0]
+            nats = log_sum(logits)[..., 0] - np.take_along_axis(logits, tokens[places + 1][..., None], 2)[..., 0]
             total += float(nats[np.arange(context) >= context - fresh[:, None]].sum())
         return total / np.log(2) / (len(tokens) - start)
 
@@ -211,35 +211,11 @@ class Transformer:
         return np.array(text[len(tokens) :], np.int64)
 
 
-def _rows(x: Array) -> Array:
-    """Return `(B, M, size)` as `(B M, size)`."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _normalize(x: Array) -> tuple[Array, Array]:
-    """Return states `(B, M, C)` divided by the root of their mean square, and that root `(B, M, 1)`."""
-    size = np.sqrt(np.einsum("bmc,bmc->bm", x, x)[..., None] / x.dtype.type(x.shape[-1]) + x.dtype.type(EPSILON))
-    return x / size, size
-
-
-def _normalize_vjp(dout: Array, normal: Array, size: Array, gain: Array) -> tuple[Array, Array]:
-    """Return the gradients by x `(B, M, C)` and gain `(C,)` from that by `normal * gain`, where `normal = x / size`."""
-    dnormal = dout * gain
-    along = np.einsum("bmc,bmc->bm", dnormal, normal)[..., None] / normal.dtype.type(normal.shape[-1])
-    return (dnormal - normal * along) / size, np.einsum("bmc,bmc->c", dout, normal)
-
-
-def _log_sum(logits: Array) -> Array:
-    """Return the logarithm of the sum of exponentials over the last axis, which is kept."""
-    largest = logits.max(axis=-1, keepdims=True)
-    return largest + np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True))
-
-
 def _cross_entropy(logits: Array, targets: Tokens) -> tuple[float, Array]:
     """Return the mean cross-entropy (nats) of logits `(rows, V)` with targets `(rows,)`, and its gradient by logits."""
-    rows = np.arange(len(targets))
-    logs = logits - _log_sum(logits)
-    loss = -float(logs[rows, targets].mean(dtype=np.float64))
+    places = np.arange(len(targets))
+    logs = logits - log_sum(logits)
+    loss = -float(logs[places, targets].mean(dtype=np.float64))
     gradient = np.exp(logs)
-    gradient[rows, targets] -= 1
+    gradient[places, targets] -= 1
     return loss, gradient / logits.dtype.type(len(targets))
