@@ -15,6 +15,9 @@ from attn_numba.learning.training import outputs_of
 __all__ = ["Explanation", "cost_of", "explain"]
 
 
+TOKENS = 1024  # of a batch: the weights of few sequences are held twice
+
+
 class Explanation(NamedTuple):
     """What a network attends to in sequences; L is the length of the longest.
 
@@ -59,7 +62,7 @@ def explain(network: Network, sequences: Ragged) -> Explanation:
     weights = [np.zeros((n, rules.heads, L, L), network.dtype) for _ in range(layers)]
     spans = [np.zeros((n, rules.heads, L), network.dtype) for _ in range(layers if rules.adaptive else 0)]
     pooling = np.zeros((n, rules.heads, L), network.dtype)
-    for group in sequences.buckets(L):
+    for group in sequences.buckets(TOKENS):
         batch = sequences.batch(group)
         _, kept = network.forward(batch, weights=True)
         of_blocks, of_pooling = network.attended(kept)

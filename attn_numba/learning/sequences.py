@@ -81,10 +81,19 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, values: Array, weights: Array) -> Scale:
-        """Return that of the columns of values (rows, columns), weighted by rows (rows,)."""
+        """Return that of the columns of values (rows, columns), weighted by rows (rows,).
+
+        Raises
+        ------
+        ValueError
+            If squares of the values leave what float64 holds.
+        """
         total = weights.sum()
-        mean = weights @ values / total
-        deviation = np.sqrt(weights @ (values - mean) ** 2 / total)
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = weights @ values / total
+            deviation = np.sqrt(weights @ (values - mean) ** 2 / total)
+        if not np.isfinite(deviation).all():
+            raise ValueError(f"a number is {np.abs(values).max():.3g} in size; float64 must hold the squares")
         least = 1e-12 * np.abs(mean)  # what rounding leaves of a column that does not vary
         return cls(mean, np.where(deviation > least, deviation, 1.0))
 

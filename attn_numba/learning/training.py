@@ -149,13 +149,25 @@ def train_once(
     optimizer: AdamW,
     step: int,
 ) -> tuple[float, int]:
-    """Take the steps of one epoch from `step` on; return their mean loss, and the number of the next step."""
+    """Take the steps of one epoch from `step` on; return their mean loss, and the number of the next step.
+
+    Raises
+    ------
+    ValueError
+        If the loss is no longer finite.
+    """
     mean, total = float(weights.mean()), 0.0
     for group in sequences.shuffled(training.batch_size, generator):
-        shares = weights[group] / (mean * len(group))
-        batch, penalty = sequences.batch(group), training.span_penalty
-        value, found = network.gradients(batch, targets[group], shares, loss, span_penalty=penalty, generator=generator)
-        optimizer.update(found, step)
+        batch, shares = sequences.batch(group), weights[group] / (mean * len(group))
+        with np.errstate(all="ignore"):  # of a loss that grows without end the error says more than the warnings
+            value, found = network.gradients(
+                batch, targets[group], shares, loss, span_penalty=training.span_penalty, generator=generator
+            )
+            optimizer.update(found, step)
+        if not np.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} at step {step}; learning_rate is {training.learning_rate}: too large"
+            )
         total += value * len(group) / len(sequences)
         step += 1
     return total, step

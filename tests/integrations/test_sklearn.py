@@ -71,11 +71,11 @@ def test_weights_count_like_repetitions(kind):
 
 @pytest.mark.parametrize("solver", ["lbfgs", "adam"])
 def test_sequences_of_vectors(solver):
-    (X, y), (other, answers) = ragged(200), ragged(60, seed=1)
+    (X, y), (other, answers) = ragged(120), ragged(60, seed=1)
     model = an.AttentionClassifier(**SMALL, solver=solver, epochs=40, learning_rate=1e-2).fit(X, y)
     assert model.inputs_ == "vectors"
     assert model.n_features_in_ == 3
-    assert model.score(other, answers) > 0.8
+    assert model.score(other, answers) > 0.7  # by chance it is 0.5
     probabilities = model.predict_proba(other)
     np.testing.assert_allclose(probabilities.sum(1), 1)
     np.testing.assert_array_equal(model.classes_[probabilities.argmax(1)], model.predict(other))
@@ -187,8 +187,8 @@ def test_warm_start_goes_on():
 
 def test_searches_pipelines_and_workers():
     X, y = ragged(48)
-    model = an.AttentionClassifier(**SMALL, epochs=5)
-    grid = GridSearchCV(model, {"window": [None, 1], "hidden_size": [4, 8]}, cv=2).fit(X, y)
+    model = an.AttentionClassifier(**SMALL, epochs=3)
+    grid = GridSearchCV(model, {"window": [None, "adaptive"], "hidden_size": [4, 8]}, cv=2).fit(X, y)
     assert grid.best_params_["hidden_size"] in (4, 8)
     assert (grid.cv_results_["mean_test_score"] > 0).all()
     halving = HalvingGridSearchCV(model, {"window": [None, 1, 2]}, cv=2, random_state=0, min_resources=24).fit(X, y)
@@ -255,6 +255,14 @@ def test_samples_that_are_refused():
     regressor = an.AttentionRegressor(**SMALL).partial_fit(X, np.zeros(20))
     with pytest.raises(ValueError, match="y has 2 outputs; the model was fitted to 1"):
         regressor.partial_fit(X, np.zeros((20, 2)))
+
+
+def test_what_cannot_be_trained_is_refused():
+    X, y = ragged(20)
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+; learning_rate is 1e\+20: too large"):
+        an.AttentionClassifier(**SMALL, solver="adam", learning_rate=1e20).fit(X, y)
+    with pytest.raises(ValueError, match="in size; float64 must hold the squares"):
+        an.AttentionRegressor(**SMALL).fit(np.eye(4) * 1e200, np.arange(4))
 
 
 def test_without_scikit_learn():

@@ -126,7 +126,7 @@ def test_training_learns_and_gives_the_same_bits():
     for _ in range(2):
         network = a_network(dropout=0.1)
         losses = train_in_batches(
-            network, sequences, targets, weights, cross_entropy, Training(40, batch_size=8, learning_rate=1e-2),
+            network, sequences, targets, weights, cross_entropy, Training(25, batch_size=8, learning_rate=2e-2),
             np.random.default_rng(0),
         )  # fmt: skip
         found.append(outputs_of(network, sequences))
