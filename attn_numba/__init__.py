@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from attn_numba.integrations.sklearn import (
         AttentionClassifier as AttentionClassifier,
         AttentionRegressor as AttentionRegressor,
+        search as search,
     )
     from attn_numba.layer_results import MultiHeadGradients as MultiHeadGradients, MultiHeadSaved as MultiHeadSaved
     from attn_numba.layers import SelfAttention as SelfAttention
@@ -100,6 +101,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _OPTIONAL = {  # of libraries that may not be installed, so no part of `__all__`
     "AttentionClassifier": "integrations.sklearn",
     "AttentionRegressor": "integrations.sklearn",
+    "search": "integrations.sklearn",
 }
 _MODULES = ("learning", "reference", "rules", "sequences", "testing")
 

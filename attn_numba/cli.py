@@ -1,4 +1,4 @@
-"""The command ``attn-numba``: what is here, one call on files, backends side by side, timings, pictures.
+"""The command ``attn-numba``: what is here, one call on files, backends side by side, timings, pictures, searches.
 
 Exit codes: 0 done, 1 a comparison failed, 2 bad usage or input, 130 interrupted.
 """
@@ -24,6 +24,7 @@ from attn_numba.options import add_inputs, add_rules, add_threads, positive, rul
 from attn_numba.parallel import thread_count
 from attn_numba.plotting import add_plots
 from attn_numba.rules.arguments import DTYPES
+from attn_numba.tune_command import add_tune
 from attn_numba.workloads import WORKLOADS, named_dtype
 
 __all__ = ["main"]
@@ -259,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser("plot", help=PLOT_HELP, description=PLOT_HELP)
     add_plots(partial(_add, plot.add_subparsers(required=True, metavar="KIND")))
+
+    add_tune(add, _print_table)
 
     compile_ahead = add("warmup", _warmup, "compile ahead into the cache folder")
     compile_ahead.add_argument(

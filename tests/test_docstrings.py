@@ -66,6 +66,8 @@ def public() -> Iterator[tuple[str, Any]]:
         "panels",
         "options",
         "plotting",
+        "selection",
+        "tune_command",
     ]
     shorts += [
         f"integrations.{name}" for name in ("jax", "matplotlib", "sklearn", "torch") if importlib.util.find_spec(name)

@@ -93,6 +93,15 @@ SHOWN = {
     "rollout": lambda: pictures.plot_rollout(RANDOM.random(14 * 10), RANDOM.random((224, 160, 3)), 16),
     "rollout, wide": lambda: pictures.plot_rollout(RANDOM.random(2 * 7), RANDOM.integers(0, 255, (30, 100)), 16),
     "rollout, NaN": lambda: pictures.plot_rollout([np.nan, 1.0], np.zeros((4, 8, 1)), 4),
+    "front": lambda: pictures.plot_front([900, 80, 300], [0.9, 0.7, 0.9], [1, 2], deviations=[0.1, 0.02, 0.0]),
+    "front of one": lambda: pictures.plot_front([5.0], [0.5], [0], unit="s", labels=["日本 $a_1 🌊"]),
+    "front, many": lambda: pictures.plot_front(
+        10.0 ** np.arange(40), np.arange(40), range(40), labels=[f"hidden_size={n}, " * (1 + n % 9) for n in range(40)]
+    ),
+    "front, seconds": lambda: pictures.plot_front(
+        [2e-5, 3e-4, 1e-3], [-5e4, -1e4, -9e3], [0, 1, 2], unit="s", cost="seconds per sample", title="long " * 40
+    ),
+    "front, near": lambda: pictures.plot_front([12345, 12346, 12350], [0.97, 0.971, 0.9711], [0, 1, 2]),
     "mask": lambda: pictures.plot_mask(an.Causal() & an.Padding([20, 30, 30]), (3, 4, 30, 30)),
     "mask, one pair": lambda: pictures.plot_mask(an.Causal(), (1, 1, 1, 1)),
     "mask, averaged": lambda: pictures.plot_mask(an.SlidingWindow(300, 0), (1, 1, 3000, 3000)),
@@ -237,8 +246,41 @@ def test_a_mask_takes_offsets():
     assert averaged.get_suptitle().endswith("averaged over 4 x 4 (queries x keys)")
 
 
+def test_a_front_is_joined_and_named_from_cheap_to_dear():
+    costs, scores = [900.0, 80.0, 300.0, 85.0], [0.9, 0.7, 0.85, 0.6]
+    figure = pictures.plot_front(costs, scores, [0, 2, 1], labels=["c", "a", "b", "x"], cost="products")
+    assert legend(figure) == ["a", "b", "c", "others"]
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("products", "score", "log")
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[80, 0.7], [300, 0.85], [900, 0.9]])
+    drawn = np.concatenate([points.get_offsets() for points in axes.collections])
+    np.testing.assert_array_equal(drawn, [[80, 0.7], [300, 0.85], [900, 0.9], [85, 0.6]])
+    named = [tuple(points.get_facecolor()[0]) for points in axes.collections]
+    assert len(set(named)) == 4
+    assert pictures.plot_front([0, 80], [1, 2], [0]).axes[0].get_xscale() == "linear"
+
+
+def test_a_front_has_bars_and_names_some_of_many():
+    figure = pictures.plot_front(range(1, 61), range(60), range(60), deviations=[0.5] * 60)
+    assert legend(figure)[0] == "model 0"
+    assert legend(figure)[-1] == "model 59"
+    assert len(legend(figure)) == 24
+    segments = figure.axes[0].containers[0][2][0].get_segments()
+    np.testing.assert_array_equal(segments[3], [[4, 2.5], [4, 3.5]])
+
+
 IMAGE = np.zeros((4, 4))
 REFUSED = [
+    (lambda: pictures.plot_front([], [], []), ValueError, r"costs has shape \(0,\); needed \(models,\)"),
+    (lambda: pictures.plot_front([1, 2], [1], [0]), ValueError, r"scores has shape \(1,\); needed \(2,\)"),
+    (lambda: pictures.plot_front([1j], [1], [0]), TypeError, "costs has dtype complex128; needed real numbers"),
+    (lambda: pictures.plot_front([1], [np.nan], [0]), ValueError, "scores has NaN or infinity"),
+    (lambda: pictures.plot_front([1], [1], []), ValueError, "front is empty"),
+    (lambda: pictures.plot_front([1], [1], [1]), ValueError, "front has 1; needed 0 to 0"),
+    (lambda: pictures.plot_front([1], [1], [0, 0]), ValueError, "needed each model once"),
+    (lambda: pictures.plot_front([1], [1], [0], deviations=[-1]), ValueError, "deviations has -1; needed 0 and more"),
+    (lambda: pictures.plot_front([1], [1], [0], labels="ab"), ValueError, "labels has 2 texts; there are 1 models"),
+    (lambda: pictures.plot_front([1], [1], [0], labels=[3]), TypeError, "labels has 3; needed text"),
     (lambda: pictures.plot_weights(np.ones(3)), ValueError, r"weights has shape \(3,\); needed 2 or 3 axes"),
     (lambda: pictures.plot_weights(np.ones((0, 3))), ValueError, "there is nothing to draw"),
     (lambda: pictures.plot_weights([[0.5, -0.5]]), ValueError, "weights goes down to -0.5"),

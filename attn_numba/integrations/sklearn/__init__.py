@@ -22,5 +22,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 from attn_numba.integrations.sklearn.estimators import AttentionClassifier, AttentionRegressor
+from attn_numba.integrations.sklearn.searching import search
 
-__all__ = ["AttentionClassifier", "AttentionRegressor"]
+__all__ = ["AttentionClassifier", "AttentionRegressor", "search"]

@@ -1,34 +1,32 @@
-"""Pictures of weights, entropies, rollouts and masks; needs the package ``matplotlib`` (the extra ``plot``).
-
-Each function returns a `matplotlib.figure.Figure` of its own, as large as its labels need, and leaves matplotlib's
-state alone: nothing is shown, and no figure has to be closed. Long sequences are averaged over cells, and the title
-says so.
-
-Examples
---------
->>> import numpy as np
->>> import attn_numba as an
->>> from attn_numba.integrations import matplotlib as pictures
->>> q, k = np.random.default_rng(0).standard_normal((2, 4, 6, 8))
->>> tokens = "the cat sat on the mat".split()
->>> figure = pictures.plot_weights(an.weights_of(q, k), queries=tokens, keys=tokens)
->>> [axes.get_title() for axes in figure.axes[:4]]
-['head 0', 'head 1', 'head 2', 'head 3']
-"""
+"""Weights, entropies, rollouts and masks as pictures."""
 
 from __future__ import annotations
 
-import functools
 import math
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
 
-from attn_numba import files
 from attn_numba.averages import CELLS, Averages, average_mask
+from attn_numba.integrations.matplotlib.figures import (
+    COLORS,
+    LABEL_SIZE,
+    SMALL_SIZE,
+    TEXT_SIZE,
+    Extent,
+    add_legend,
+    color_bar,
+    legible,
+    new_figure,
+    overlay,
+    row_numbers,
+    width_of,
+    wrapped,
+)
 from attn_numba.panels import (
     arrangement,
     check_labels,
@@ -38,36 +36,15 @@ from attn_numba.panels import (
     panels_of,
     pixels_of,
 )
-from attn_numba.rules.data import AnyArray, as_array
+from attn_numba.rules.data import as_array
 from attn_numba.sequences import unpatch
 
-try:
-    from matplotlib import colormaps, font_manager, rc_context
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize, to_rgba
-    from matplotlib.figure import Figure
-    from matplotlib.ft2font import FT2Font
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f'pictures need {error.name}, which is not installed: pip install "attn-numba[plot]"', name="matplotlib"
-    ) from error
+__all__ = ["MOST_PANELS", "plot_entropy", "plot_mask", "plot_rollout", "plot_weights"]
 
-__all__ = ["plot_entropy", "plot_mask", "plot_rollout", "plot_weights", "save"]
-
-SUFFIXES = (".png", ".svg", ".pdf")
-DPI = 150
-COLORS = colormaps["viridis"]  # from dark to light, in steps that look equal; neither gray nor red occur in it
 NOT_FINITE, EXCLUDED = "red", "0.85"
 MASK_COLORS: dict[str, Any] = {"not allowed": EXCLUDED, "partly allowed": COLORS(0.55), "allowed": COLORS(0.2)}
-TITLE_SIZE, TEXT_SIZE, LABEL_SIZE, SMALL_SIZE = 11, 9, 8, 6  # points
 PITCH = 1.35 / 72  # inches from one label to the next, for each point of their size
 MOST_PANELS = 64
-
-Extent = tuple[float, float, float, float]
 
 
 def plot_weights(
@@ -133,12 +110,12 @@ def plot_weights(
 
     def draw(axes: Axes, n: int, extent: Extent) -> None:
         axes.imshow(panels.values[n], cmap=COLORS, norm=scale, aspect="auto", extent=extent)
-        _overlay(axes, {color: flag[n] for flag, color in flags.values()}, extent)
+        overlay(axes, {color: flag[n] for flag, color in flags.values()}, extent)
 
     figure, axes = _grid(panels, names, queries, keys, title, draw)
     label = f"{quantity} (0 to 1)" if panels.cell == (1, 1) else f"mean {quantity} (0 to 1)"
-    _color_bar(figure, axes, scale, label, extend="max" if top < largest(panels.values) else "neither")
-    _legend(figure, {name: color for name, (flag, color) in flags.items() if flag.any()})
+    color_bar(figure, axes, scale, label, extend="max" if top < largest(panels.values) else "neither")
+    add_legend(figure, {name: color for name, (flag, color) in flags.items() if flag.any()})
     return figure
 
 
@@ -176,21 +153,21 @@ def plot_entropy(entropy: Any, *, keys: int | None = None, title: str = "Entropy
         raise ValueError(f"entropy reaches {most:.4g} nats; with {keys} keys it is at most ln {keys} = {bound:.4g}")
     scale = Normalize(0, largest(values) if keys is None else bound or 1)
     layers, heads = values.shape
-    figure, [[axes]] = _figure(1, 1, (max(2.2, 0.45 * heads), max(1.6, 0.3 * layers)), title=title)
+    figure, [[axes]] = new_figure(1, 1, (max(2.2, 0.45 * heads), max(1.6, 0.3 * layers)), title=title)
     axes.imshow(values, cmap=COLORS, norm=scale, aspect="auto")
     bad = ~np.isfinite(values)
-    _overlay(axes, {NOT_FINITE: bad}, (-0.5, heads - 0.5, layers - 0.5, -0.5))
+    overlay(axes, {NOT_FINITE: bad}, (-0.5, heads - 0.5, layers - 0.5, -0.5))
     for (layer, head), value in np.ndenumerate(values):
         light = not bad[layer, head] and scale(value) > 0.6
         color = "black" if light else "white"
         axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     for axis, name, count in ((axes.xaxis, "head", heads), (axes.yaxis, "layer", layers)):
-        axis.set_ticks(_row_numbers(count, 40))
+        axis.set_ticks(row_numbers(count, 40))
         axis.set_tick_params(labelsize=LABEL_SIZE)
         axis.set_label_text(name, fontsize=TEXT_SIZE)
     bounded = "" if keys is None else f"\nat most ln {keys} = {bound:.2f}"
-    _color_bar(figure, [axes], scale, f"entropy (nats){bounded}")
-    _legend(figure, {"NaN or infinite": NOT_FINITE} if bad.any() else {})
+    color_bar(figure, [axes], scale, f"entropy (nats){bounded}")
+    add_legend(figure, {"NaN or infinite": NOT_FINITE} if bad.any() else {})
     return figure
 
 
@@ -252,7 +229,7 @@ def plot_rollout(
     spread = unpatch(tokens, size, grid=(rows, columns), shape=(height, width))[0, :, :, 0]
 
     side = 3.6 / max(height, width)
-    figure, [[plain, over]] = _figure(1, 2, (max(1.0, side * width), max(1.6, side * height)), title=title)
+    figure, [[plain, over]] = new_figure(1, 2, (max(1.0, side * width), max(1.6, side * height)), title=title)
     scale = Normalize(0, largest(values))
     gray = pixels if pixels.ndim == 2 else pixels[..., :3] @ (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
     pale = 0.6 + 0.4 * gray  # so that colors over it are nearly those of the bar
@@ -260,12 +237,12 @@ def plot_rollout(
     over.imshow(pale, cmap="gray", vmin=0, vmax=1)
     over.imshow(spread, cmap=COLORS, norm=scale, alpha=0.6, interpolation="nearest")
     bad = ~np.isfinite(spread)
-    _overlay(over, {NOT_FINITE: bad}, (-0.5, width - 0.5, height - 0.5, -0.5))
+    overlay(over, {NOT_FINITE: bad}, (-0.5, width - 0.5, height - 0.5, -0.5))
     for axes, name in ((plain, "image"), (over, f"relevance of {rows} x {columns} patches")):
         axes.set_title(name, fontsize=TEXT_SIZE)
         axes.set_axis_off()
-    _color_bar(figure, [over], scale, "relevance (0 to 1)", alpha=0.6)
-    _legend(figure, {"NaN or infinite": NOT_FINITE} if bad.any() else {})
+    color_bar(figure, [over], scale, "relevance (0 to 1)", alpha=0.6)
+    add_legend(figure, {"NaN or infinite": NOT_FINITE} if bad.any() else {})
     return figure
 
 
@@ -335,47 +312,8 @@ def plot_mask(
         axes.imshow(codes[n], cmap=colors, vmin=0, vmax=2, aspect="auto", extent=extent, interpolation="nearest")
 
     figure, _ = _grid(found._replace(values=codes), list(panels), queries, keys, title, draw)
-    _legend(figure, {name: color for code, (name, color) in enumerate(MASK_COLORS.items()) if (codes == code).any()})
+    add_legend(figure, {name: color for code, (name, color) in enumerate(MASK_COLORS.items()) if (codes == code).any()})
     return figure
-
-
-def save(figure: Figure, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a figure to a file, whole or not at all; the same figure makes the same bytes.
-
-    Parameters
-    ----------
-    figure : Figure
-        Any figure of matplotlib.
-    path : str or Path
-        Where to: ``.png``, ``.svg`` or ``.pdf``.
-    overwrite : bool
-        Whether a file that exists may be replaced.
-
-    Raises
-    ------
-    ValueError
-        The suffix is another.
-    FileExistsError
-        The file exists and `overwrite` is False.
-    OSError
-        It cannot be written.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "entropy.png"
-    >>> save(plot_entropy([[0.5]]), path)
-    >>> path.read_bytes()[1:4]
-    b'PNG'
-    """
-    kind = Path(path).suffix
-    no_date: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(kind, {})
-
-    def write(part: Path, file: IO[bytes]) -> None:
-        with rc_context({"svg.hashsalt": "attn_numba"}):  # else the names inside an SVG file are random
-            figure.savefig(file, format=kind[1:], dpi=DPI, metadata=no_date)
-
-    files.write_whole(path, write, overwrite, SUFFIXES)
 
 
 def _grid(
@@ -393,7 +331,7 @@ def _grid(
     if cell != (1, 1):
         title += f"\naveraged over {cell[0]} x {cell[1]} (queries x keys)"
     margins = (down.longest, across.longest if across.upright else across.height)
-    figure, grid = _figure(rows, columns, (across.side, down.side), margins, title)
+    figure, grid = new_figure(rows, columns, (across.side, down.side), margins, title)
     extent = (-0.5, n * cell[1] - 0.5, m * cell[0] - 0.5, -0.5)  # the last cells may reach beyond the last rows
     used = []
     for place, axes in enumerate(axes for row in grid for axes in row):
@@ -402,7 +340,7 @@ def _grid(
             continue
         draw(axes, place, extent)
         axes.set(xlim=(-0.5, N - 0.5), ylim=(M - 0.5, -0.5))
-        axes.set_title(**_wrapped(names[place], across.side, TEXT_SIZE))
+        axes.set_title(**wrapped(names[place], across.side, TEXT_SIZE))
         across.put(axes, axes.xaxis, "key", shown=place + columns >= count)
         down.put(axes, axes.yaxis, "query", shown=place % columns == 0)
         used.append(axes)
@@ -418,17 +356,17 @@ class _Labels:
             self.side = max(1.2, min((4.5 if panels == 1 else 2.0) * min(1, count / others), 0.5 * count))
             self.longest, self.height, self.upright = 0.4, 0.2, False
             return
-        self.labels, self.family = _legible(check_labels(name, labels, count, name))
+        self.labels, self.family = legible(check_labels(name, labels, count, name))
         self.side = min(max(count * LABEL_SIZE * PITCH, 1.2), 10 if panels == 1 else 4)
         if count * LABEL_SIZE * PITCH > self.side:
             self.size = SMALL_SIZE
-        self.longest = max(_width(label, self.size, self.family) for label in self.labels)
+        self.longest = max(width_of(label, self.size, self.family) for label in self.labels)
         self.height, self.upright = self.size / 72, max(map(len, self.labels)) > 1
 
     def put(self, axes: Axes, axis: Any, title: str, shown: bool) -> None:
         """Put the labels along an axis, every so many that they do not touch, or row numbers if there are none."""
         if self.labels is None:
-            ticks = _row_numbers(self.count, min(10, 2.5 * self.side))
+            ticks = row_numbers(self.count, min(10, 2.5 * self.side))
             texts, style = [str(n) for n in ticks], {}
         else:
             ticks = list(range(0, self.count, math.ceil(self.count * self.size * PITCH / self.side - 1e-9)))
@@ -438,91 +376,3 @@ class _Labels:
         axis.set_ticks(ticks, labels=texts if shown else [""] * len(ticks), fontsize=self.size, **style)
         if shown:
             axis.set_label_text(title, fontsize=TEXT_SIZE)
-
-
-def _row_numbers(count: int, most: float) -> list[int]:
-    """Return round numbers below a count, at most about so many."""
-    locator = MaxNLocator(max(1, int(most)), integer=True, steps=[1, 2, 5, 10])
-    return [int(n) for n in locator.tick_values(0, count - 1) if 0 <= n < count and n == int(n)]
-
-
-def _figure(
-    rows: int, columns: int, panel: tuple[float, float], margins: tuple[float, float] = (0.4, 0.2), title: str = ""
-) -> tuple[Figure, AnyArray]:
-    """Return a figure with room for its panels, labels, title and color bar (inches), and its axes (rows, columns)."""
-    width = max(4.0, columns * (panel[0] + 0.15) + margins[0] + 1.6)
-    heading = _wrapped(title, width, TITLE_SIZE)
-    height = rows * (panel[1] + 0.35) + margins[1] + 0.2 * heading["label"].count("\n") + 1.1
-    figure = Figure((width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(heading.pop("label"), **heading)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _overlay(axes: Axes, flags: Mapping[str, AnyArray], extent: Extent) -> None:
-    """Draw cells that are flagged in the color of the flag and leave the others as they are."""
-    cells = np.zeros((*next(iter(flags.values())).shape, 4))
-    for color, flag in flags.items():
-        cells[flag] = to_rgba(color)
-    if cells.any():
-        axes.imshow(cells, aspect=axes.get_aspect(), extent=extent, interpolation="nearest")
-
-
-def _color_bar(figure: Figure, axes: Sequence[Axes], scale: Normalize, label: str, **options: Any) -> None:
-    bar = figure.colorbar(ScalarMappable(scale, COLORS), ax=axes, aspect=40, **options)
-    bar.set_label(label, fontsize=TEXT_SIZE)
-    bar.ax.tick_params(labelsize=LABEL_SIZE)
-    bar.ax.yaxis.get_offset_text().set_fontsize(LABEL_SIZE)
-
-
-def _legend(figure: Figure, colors: Mapping[str, Any]) -> None:
-    patches = [Patch(facecolor=color, edgecolor="black", linewidth=0.5, label=name) for name, color in colors.items()]
-    if patches:
-        figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=TEXT_SIZE)
-
-
-def _wrapped(text: str, width: float, size: float) -> dict[str, Any]:
-    """Return a title as matplotlib takes it: in lines that fit a width in inches, in fonts that have its letters."""
-    lines, family = _legible(text.split("\n"))
-    fitting = []
-    for line in lines:
-        characters = len(line) * (width - 0.3) / max(_width(line, size, family), 1e-3)
-        fitting += textwrap.wrap(line, max(8, int(characters))) or [""]
-    return {"label": "\n".join(fitting), "fontsize": size, "fontfamily": family, "parse_math": False}
-
-
-def _width(text: str, size: float, family: Sequence[str]) -> float:
-    """Return the width of a line of text in inches."""
-    font = font_manager.FontProperties(family=list(family), size=size)
-    canvas = FigureCanvasAgg(Figure(dpi=DPI))
-    return canvas.get_renderer().get_text_width_height_descent(text, font, ismath=False)[0] / DPI
-
-
-def _legible(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return texts as installed fonts can draw them, and these fonts; what none can draw becomes its escape."""
-    families = list(font_manager.FontProperties().get_family())
-    drawn = _characters(font_manager.findfont(font_manager.FontProperties()))
-    missing = {ord(c) for text in texts for c in text if c.isprintable()} - drawn
-    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
-        if not missing:
-            break
-        plain = entry.style == entry.variant == "normal" and entry.weight in (400, "normal", "regular")
-        if plain and "Last Resort" not in entry.name and (found := missing & _characters(entry.fname)):
-            families.append(entry.name)
-            missing -= found
-    kept = [[c if c.isprintable() and ord(c) not in missing else _escape(c) for c in text] for text in texts]
-    return ["".join(characters) for characters in kept], families
-
-
-@functools.cache
-def _characters(path: str) -> frozenset[int]:
-    """Return the codes of the characters that the font of a file can draw."""
-    try:
-        font = FT2Font(path)
-    except (OSError, RuntimeError):  # a font that cannot be read draws nothing
-        return frozenset()
-    return frozenset(font.get_charmap()) if font.scalable else frozenset()
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
