@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from attn_numba.layers import SelfAttention as SelfAttention
     from attn_numba.multi_head import MultiHeadAttention as MultiHeadAttention
     from attn_numba.parallel import set_threads as set_threads, threads as threads
+    from attn_numba.profiles import use_profile as use_profile
     from attn_numba.recurrent import recurrent_attention as recurrent_attention
     from attn_numba.rotations import rotary as rotary, rotary_vjp as rotary_vjp
     from attn_numba.rules import (
@@ -84,6 +85,7 @@ _HOMES = {
     "api": ("attention", "attention_vjp", "merge", "mask_array"),
     "environment": ("warmup", "backends", "config_report"),
     "parallel": ("threads", "set_threads"),
+    "profiles": ("use_profile",),
     "layers": ("SelfAttention",),
     "multi_head": ("MultiHeadAttention",),
     "layer_results": ("MultiHeadGradients", "MultiHeadSaved"),

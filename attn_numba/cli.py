@@ -25,6 +25,7 @@ from attn_numba.parallel import thread_count
 from attn_numba.plotting import add_plots
 from attn_numba.rules.arguments import DTYPES
 from attn_numba.tune_command import add_tune
+from attn_numba.tune_kernels_command import add_tune_kernels
 from attn_numba.workloads import WORKLOADS, named_dtype
 
 __all__ = ["main"]
@@ -262,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plots(partial(_add, plot.add_subparsers(required=True, metavar="KIND")))
 
     add_tune(add, _print_table)
+    add_tune_kernels(add, _print_table)
 
     compile_ahead = add("warmup", _warmup, "compile ahead into the cache folder")
     compile_ahead.add_argument(

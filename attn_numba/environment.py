@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from attn_numba.parallel import thread_count
+from attn_numba.profiles import in_use
 from attn_numba.rules.arguments import ANY_DTYPE, DTYPES
 
 __all__ = ["backends", "config_report", "warmup"]
@@ -94,20 +95,21 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
     Returns
     -------
     dict of str to dict of str to (value, str)
-        Sections "versions", "processor", "threads", "cache", "backends" and "gpu": the card, what compiles for it, and
-        for each dtype the kernel that serves plain calls of it and why not those that are asked before.
+        Sections "versions", "processor", "threads", "cache", "profile" (of kernels, see `use_profile`), "backends" and
+        "gpu": the card, what compiles for it, and for each dtype the kernel that serves plain calls of it and why not
+        those that are asked before.
 
     Examples
     --------
     >>> import attn_numba as an
     >>> sorted(an.config_report())
-    ['backends', 'cache', 'gpu', 'processor', 'threads', 'versions']
+    ['backends', 'cache', 'gpu', 'processor', 'profile', 'threads', 'versions']
     """
     report: dict[str, dict[str, tuple[Any, str]]] = {"versions": _versions(), "threads": {"count": thread_count()}}
     available = backends()
     report["backends"] = {name: (yes, reason) for name, (yes, reason) in available.items()}
     report["processor"] = {"machine": (platform.machine(), "platform")}
-    report["cache"] = {}
+    report["cache"], report["profile"] = {}, {}
     if available["cpu"][0]:
         from attn_numba.cpu.compilation import cache_folder
         from attn_numba.cpu.target import target
@@ -122,6 +124,7 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
             "float16 conversion": (found.half, "what the compiler emits for it"),
         }
         report["cache"]["folder"] = cache_folder()
+        report["profile"] = in_use()
     report["gpu"] = {}
     if available["cuda"][0]:
         from attn_numba.gpu.report import gpu_report

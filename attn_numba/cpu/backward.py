@@ -7,8 +7,9 @@ gradients by scores; then what they add to dv and dk, which the item owns, and t
 Each element of a result has one writer at a time, and a fixed order of writers: dk and dv are sums of their item over
 blocks of rows, from the last to the first; a row of dq gets what the blocks of keys add to it in the order of the
 keys, for an item waits until those before it have passed these rows (`turns.py`). Items go to workers in that order,
-all heads' first blocks of keys first, so that there is mostly one that need not wait. Inside a tile sums are in the
-order that `forward.py` tells of. So a key or a query left out would have added exact zeros.
+all heads' first blocks of keys first, so that there is mostly one that need not wait; or head by head, if so chosen.
+Inside a tile sums are in the order that `forward.py` tells of. So a key or a query left out would have added exact
+zeros.
 
 The functions below run in compiled workers and check nothing. `unit` is float32 or float64.
 """
@@ -265,9 +266,14 @@ def _work(state, number, unit, others):
     for n in range(0, 64, 8):  # nothing to read ahead
         store_word(space + call.ahead_at + n, 0)
     while True:
-        item = claim(state)
-        if item >= call.items:
+        claimed = claim(state)
+        if claimed >= call.items:
             return
+        item = claimed
+        if call.by_heads:  # an item still comes after those that it waits for
+            heads = call.B * call.Hk
+            blocks = call.items // heads
+            item = claimed % blocks * heads + claimed // blocks
         _attend(call, space, item, unit, others)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import llvmlite.ir as ir
 import numpy as np
 
+from attn_numba.cpu.choices import FULL, MASKED, RUNS
 from attn_numba.cpu.dropout import dropout_parameters, emit_dropout
 from attn_numba.cpu.emitter import settled, structure, words
 from attn_numba.cpu.hooks import (
@@ -44,6 +45,11 @@ class Bound(NamedTuple):
     pull: int  # hook from gradients by final scores to those by products; 0 where the scale is all there is between
     learned: tuple[tuple[int, int], ...]  # modifiers whose arrays have gradients, and the hooks that give their terms
     keep: tuple  # arrays the block points into, and the rules
+
+    @property
+    def kind(self) -> str:
+        """What the call's mask is like, for its shape class."""
+        return RUNS if self.run_count else MASKED if self.hooks[0] else FULL
 
 
 _bound: collections.OrderedDict[Hashable, Bound] = collections.OrderedDict()

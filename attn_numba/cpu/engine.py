@@ -8,6 +8,7 @@ import numpy as np
 
 from attn_numba.cpu import forward, normalizers, whole_rows
 from attn_numba.cpu.binding import Bound, bind
+from attn_numba.cpu.choices import FORWARD, chosen
 from attn_numba.cpu.compilation import compile_worker
 from attn_numba.cpu.launch import Team
 from attn_numba.cpu.plan import Unit, plan_of, plan_of_whole_rows, unit_of
@@ -120,7 +121,8 @@ def _stream(
     with Team(threads - 1) as team:  # first: it takes them longer to wake than all of what follows
         bound = bind(problem)
         unit = unit_of(problem.dtype, problem.dropout is not None)
-        plan = plan_of(unit, problem.sizes, threads, _in_place(problem, unit), bound.run_count)
+        choice = chosen(FORWARD, problem.dtype, problem.sizes, threads, bound.kind)
+        plan = plan_of(unit, problem.sizes, threads, _in_place(problem, unit), bound.run_count, choice)
         worker = compile_worker(forward.WORKERS[unit.name, bound.run_count > 0, weights is not None])
         sink = _sink(problem)
         space = borrow(plan.part_bytes * plan.threads)

@@ -105,9 +105,15 @@ def _write_weights(call, space, kinds, b, h, i0, g, rows, j0, j1, unit):
 
 @compiled
 def place(call, item):
-    """Return block of rows, sequence, key head and set of query heads of an item; the last block comes first."""
+    """Return block of rows, sequence, key head and set of query heads of an item; the last block comes first.
+
+    Items of one block of all heads come one after the other, or those of all blocks of one head.
+    """
     sets = call.B * call.Hk * call.head_sets
-    block, rest = call.blocks - 1 - item // sets, item % sets
+    block, rest = item // sets, item % sets
+    if call.by_heads:
+        block, rest = item % call.blocks, item // call.blocks
+    block = call.blocks - 1 - block
     b, rest = rest // (call.Hk * call.head_sets), rest % (call.Hk * call.head_sets)
     return block, b, rest // call.head_sets, rest % call.head_sets
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from attn_numba.cpu import backward, engine
 from attn_numba.cpu.binding import Bound, bind
+from attn_numba.cpu.choices import BACKWARD, chosen
 from attn_numba.cpu.compilation import compile_worker
 from attn_numba.cpu.engine import NORMALIZERS, address, call_record, multiply_adds, streams
 from attn_numba.cpu.gradient_rows import INNER, MEAN, REST, ROW_NUMBERS, SECOND, SHIFT
@@ -145,7 +146,8 @@ def _run(
         bound = bind(problem, gradients=True)
         sums = [_sums_of(problem, n, hook, number) for n, hook in bound.learned]
         unit = unit_of(problem.dtype, True)
-        plan = plan_of_backward(unit, sizes, threads, bool(sums))
+        choice = chosen(BACKWARD, problem.dtype, sizes, threads, bound.kind)
+        plan = plan_of_backward(unit, sizes, threads, bool(sums), choice)
         worker = compile_worker(backward.WORKERS[unit.name, not streams(problem)])
         delta = np.einsum("bhme,bhme->bhm", dout, out)
         if facts is None:

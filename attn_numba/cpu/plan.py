@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
+from math import lcm
 from typing import NamedTuple
 
+from attn_numba.cpu.choices import USUAL, Choice
 from attn_numba.cpu.gradient_tiles import TERMS
 from attn_numba.cpu.keys import AHEAD_HEAD
+from attn_numba.cpu.register_tiles import register_tiles
 from attn_numba.cpu.state import Layout, packed
 from attn_numba.cpu.strip_tiles import SLOT_BYTES, STRIP_ROWS
 from attn_numba.cpu.strips import STRIP_BYTES
 from attn_numba.cpu.target import target
-from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, HALF_FLOAT, SAME, TILE_ROWS, VECTORS
+from attn_numba.cpu.tiles import BRAIN_FLOAT, CHAIN_VECTORS, DEPTH_CHAIN, HALF_FLOAT, SAME, TILE_ROWS, VECTORS
 from attn_numba.rules import Sizes
 
-GROUP_ROWS = 32  # rows that share a strip of scores: whole register tiles, and fitting into blocks of sparse masks
-
-BLOCK_ROWS = 512  # rows of an item, which share the packed keys
-STRIPS_BLOCK_ROWS = 2048  # the same where each row sees few of them
 TILE_BYTES = (
     400_000  # packed keys and values of one tile: together with the scores they stay in a 1 MB second-level cache
 )
@@ -80,8 +79,10 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int) -> Plan:
-    """Return the plan of a call on at most so many threads.
+def plan_of(
+    unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_count: int, choice: Choice = USUAL
+) -> Plan:
+    """Return the plan of a call on at most so many threads, computed as chosen.
 
     Its rows see `run_count` stretches of keys each; 0 if that is not known.
     """
@@ -90,9 +91,10 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
     depth = (D + 1) // 2 if unit.pairs else D
     padded, width = up(depth, lanes), up(E, lanes)
     tile = key_tile(unit, padded, width)
-    group = M if M <= 2 and not run_count else min(GROUP_ROWS, up(M, max(TILE_ROWS, STRIP_ROWS)))
-    most_rows = STRIPS_BLOCK_ROWS if run_count else BLOCK_ROWS
-    rows = _block_rows(B * Hk, H // Hk, M, most_rows, group, most_threads)
+    least = lcm(TILE_ROWS, STRIP_ROWS, choice.tile_rows)
+    group = M if M <= 2 and not run_count else min(choice.group_rows, up(M, least))
+    least_items = choice.items * most_threads if most_threads > 1 else 1
+    rows = _block_rows(B * Hk, H // Hk, M, choice.block_rows, group, least_items)
     blocks = -(-M // rows)
     served = H // Hk
     set_heads = max(1, min(served, rows // up(M, group))) if blocks == 1 else 1
@@ -137,7 +139,8 @@ def plan_of(unit: Unit, sizes: Sizes, most_threads: int, in_place: bool, run_cou
         "slots_most": slots, "packed_row": slots * lanes,
         "depth": depth, "depth_padded": padded, "value_width": width, "values_in_place": int(in_place),
         "items": items,
-        "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize,
+        "workspace_bytes": size, "kind": unit.kind, "itemsize": unit.itemsize, "by_heads": int(choice.by_heads),
+        **_tiles(unit, choice, group, depth),
     }  # fmt: skip
     layout = packed(Layout(**found, **sizes._asdict()))
     return Plan(max(1, min(most_threads, items)), size, layout)
@@ -171,7 +174,7 @@ def plan_of_whole_rows(unit: Unit, sizes: Sizes, most_threads: int, in_place: bo
     keys_row = tile_columns + lanes * (1 - tile_columns // lanes % 2)
     keys_bytes = up((keys_row * padded + VECTORS * lanes) * word, 64)
     fitting = WHOLE_ROWS_BYTES // (strip * word) // TILE_ROWS * TILE_ROWS
-    group = rows if rows <= 2 else min(GROUP_ROWS, max(fitting, 2 * TILE_ROWS), up(rows, TILE_ROWS))
+    group = rows if rows <= 2 else min(USUAL.group_rows, max(fitting, 2 * TILE_ROWS), up(rows, TILE_ROWS))
     block_rows = min(up(max(WHOLE_BLOCK_ROWS, -(-rows // WHOLE_BLOCKS)), group), up(rows, group))
     blocks = -(-rows // block_rows)
     served = H // Hk
@@ -221,7 +224,9 @@ def backward_tile(unit: Unit, depth: int, width: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of_backward(unit: Unit, sizes: Sizes, most_threads: int, learned: bool) -> BackwardPlan:
+def plan_of_backward(
+    unit: Unit, sizes: Sizes, most_threads: int, learned: bool, choice: Choice = USUAL
+) -> BackwardPlan:
     """Return the plan of a call's gradients on at most so many threads, those of rules' arrays among them or not."""
     B, _, Hk, M, N, D, E = sizes
     lanes, word = unit.lanes, unit.word
@@ -253,7 +258,7 @@ def plan_of_backward(unit: Unit, sizes: Sizes, most_threads: int, learned: bool)
     shared |= {
         "group_rows": group, "key_tile": tile, "keys_row": keys_row, "strip_row": strip, "depth": D,
         "depth_padded": depth, "value_width": width, "items": items, "workspace_bytes": size, "kind": unit.kind,
-        "itemsize": unit.itemsize,
+        "itemsize": unit.itemsize, "by_heads": int(choice.by_heads),
     }  # fmt: skip
     layout = packed(Layout(*[0] * len(Layout._fields))._replace(**shared, **sizes._asdict()))
     threads = max(1, min(most_threads, items))
@@ -269,10 +274,18 @@ def placed(parts: dict[str, int]) -> tuple[dict[str, int], int]:
     return found, size
 
 
-def _block_rows(key_heads: int, served: int, M: int, most: int, group: int, threads: int) -> int:
+def _block_rows(key_heads: int, served: int, M: int, most: int, group: int, items: int) -> int:
     """Rows of an item: many, to share the packed keys, but enough items to go round."""
     rows = up(min(M, most), group)
-    items = 4 * threads if threads > 1 else 1
     while rows > group and key_heads * served * -(-M // rows) < items:
         rows = max(group, rows // 2 // group * group)
     return rows
+
+
+def _tiles(unit: Unit, choice: Choice, group: int, depth: int) -> dict[str, int]:
+    """Return what a layout says of register tiles that are not the worker's own, nothing where these serve."""
+    rows, vectors = choice.tile_rows, choice.tile_vectors
+    if (rows, vectors) == (TILE_ROWS, VECTORS) or group % rows or depth > DEPTH_CHAIN:
+        return dict.fromkeys(("tile_rows", "tile_vectors", "score_tile", "value_tile"), 0)
+    tiles = register_tiles(unit.name, rows, vectors)
+    return {"tile_rows": rows, "tile_vectors": vectors, "score_tile": tiles.scores, "value_tile": tiles.values}

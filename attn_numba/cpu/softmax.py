@@ -16,6 +16,8 @@ from attn_numba.cpu.tiles import (
     accumulator,
     advance_rows,
     call_edit,
+    call_score_tile,
+    call_value_tile,
     gather_totals,
     is_pairs,
     load_byte,
@@ -156,11 +158,28 @@ def _products(call, space, keys, strip, queries, depth, queries_row, first, end,
             add_products(queries + d * word, queries_row, b, keys_row, scores, length, rows, vectors, stretch, 1, unit)
 
 
+@compiled
+def _chosen_products(call, space, keys, strip, queries, queries_row, first, end, rows, unit):
+    """Fill columns as far as the chosen register tiles fit into them; return the first column that is left."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    step = call.tile_vectors * lanes
+    while first < end - (call.tile_vectors - 1) * lanes:  # the last vector may be a part of one
+        for r in range(0, rows, call.tile_rows):
+            look_ahead(call, space)
+            a, to = queries + r * queries_row * word, strip + (r * call.strip_row + first) * word
+            packed = keys + first * word
+            call_score_tile(call.score_tile, a, queries_row, packed, call.keys_row, to, call.strip_row, call.depth)
+        first += step
+    return first
+
+
 @inlined
 def products(call, space, keys, strip, queries, depth, queries_row, runs, count, rows, unit):
     """Fill a tile's stretches of the strip with products of rows of q, `queries_row` words apart, and packed keys."""
     for run in range(count):
         first, end = load_int32(runs + 8 * run), load_int32(runs + 8 * run + 4)
+        if call.score_tile:
+            first = _chosen_products(call, space, keys, strip, queries, queries_row, first, end, rows, unit)
         _products(call, space, keys, strip, queries, depth, queries_row, first, end, rows, unit)
 
 
@@ -280,6 +299,25 @@ def operands_of(call, space, values, j0, special, unit):
     return weights, weights_row, space + call.values_at, call.value_width
 
 
+@compiled
+def _chosen_values(call, space, weights, weights_row, base, values_row, runs, count, local, rows, unit):
+    """As `weighted_values`, as far as the chosen register tiles fit into the columns; return the first that is left."""
+    lanes, word = vector_length(unit), word_bytes(unit)
+    width, chain, step = call.value_width, CHAIN_VECTORS * lanes, call.tile_vectors * lanes
+    e = 0
+    while e + step <= width:
+        b = base + e * word
+        for column in range(load_int32(runs) // chain * chain, load_int32(runs + 8 * count - 4), chain):
+            stretches = space + call.sums_at
+            cut = cut_runs(stretches, runs, count, column, column + chain)
+            if cut:
+                for r in range(0, rows, call.tile_rows):
+                    a, c = weights + r * weights_row * word, space + call.out_at + ((local + r) * width + e) * word
+                    call_value_tile(call.value_tile, a, weights_row, b, values_row, c, width, stretches, cut)
+        e += step
+    return e
+
+
 @inlined
 def weighted_values(call, space, values, runs, count, local, rows, j0, special, unit):
     """Add the tile's weighted values to the rows' sums: three vectors of columns at a time, two or one at the end."""
@@ -287,6 +325,8 @@ def weighted_values(call, space, values, runs, count, local, rows, j0, special, 
     weights, weights_row, base, values_row = operands_of(call, space, values, j0, special, unit)
     width, chain = call.value_width, CHAIN_VECTORS * lanes
     e = 0
+    if call.value_tile:
+        e = _chosen_values(call, space, weights, weights_row, base, values_row, runs, count, local, rows, unit)
     while e < width:
         left = (width - e) // lanes
         vectors = 3 if left == 3 or left > 4 else 2 if left > 1 else 1

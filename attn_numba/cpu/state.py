@@ -108,6 +108,11 @@ class Layout(NamedTuple):
     packed_row: int  # of them from one row to the next
     special_at: int  # int32 list of keys whose values are not all finite
     seen_at: int  # byte (special key, row): whether the row sees the key
+    by_heads: int  # whether items go through all blocks of a head before the next head's
+    tile_rows: int  # of the register tiles at the following addresses, of which group_rows is a multiple
+    tile_vectors: int
+    score_tile: int  # 0: the worker's own
+    value_tile: int
 
 
 class WholeRows(NamedTuple):

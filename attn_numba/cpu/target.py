@@ -65,6 +65,12 @@ def target_machine() -> llvm.TargetMachine:
     return llvm.Target.from_triple(triple).create_target_machine(cpu=name, features=features, opt=3, jit=True)
 
 
+def features() -> list[str]:
+    """Return the names of the features that Numba compiles for, sorted; none where they follow from the name alone."""
+    listed = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return sorted(name.removeprefix("+") for name in listed if name.startswith("+"))
+
+
 def _assembly(machine: llvm.TargetMachine, text: str) -> str:
     return str(machine.emit_assembly(llvm.parse_assembly(text)))
 

@@ -36,7 +36,8 @@ EXPONENT = {FLOAT: 0x7F800000, DOUBLE: 0x7FF0000000000000}  # all ones: not fini
 SAME, HALF_FLOAT, BRAIN_FLOAT = 0, 1, 2
 
 
-def _emitter(builder: ir.IRBuilder, unit: types.Type) -> Functions:
+def emitter(builder: ir.IRBuilder, unit: types.Type) -> Functions:
+    """Return what emits the operations of a unit's accumulators."""
     number = DOUBLE if unit == types.float64 else FLOAT
     return Functions(builder, number, target().vector_bytes // (8 if number == DOUBLE else 4))
 
@@ -64,7 +65,7 @@ def define(count: int, emit, result=None, tail=()):
 
     def codegen(context, builder, signature, args):
         unit = signature.args[0]
-        value = emit(_emitter(builder, unit), unit, *args[1:])
+        value = emit(emitter(builder, unit), unit, *args[1:])
         return context.get_dummy_value() if result is None else value
 
     names = [f"a{i}" for i in range(count + floats)]
@@ -128,11 +129,11 @@ class Operands:
         return v.call(BF16_DOT[target().vector_bytes], v.vector, *args)
 
 
-def _score_tile(rows: int, vectors: int):
-    """tile(unit, a, a_row, b, b_row, c, c_row, depth): C[rows, vectors] = A[rows, depth] @ B[depth, vectors].
+def score_tile(rows: int, vectors: int):
+    """Return what emits tile(unit, a, a_row, b, b_row, c, c_row, depth).
 
-    Row lengths in words. An element's bits do not depend on the rows and columns beside it. Each element of C has one
-    writer.
+    C[rows, vectors] = A[rows, depth] @ B[depth, vectors]. Row lengths in words. An element's bits do not depend on the
+    rows and columns beside it, nor on their number. Each element of C has one writer.
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, depth):
@@ -140,15 +141,15 @@ def _score_tile(rows: int, vectors: int):
         loop = Loop(v.builder, depth, 1, tile.zeros())
         tile.store(loop.close(tile.multiply_add(loop.index, loop.index, loop.values)))
 
-    return define(7, emit)
+    return emit
 
 
-def _value_tile(rows: int, vectors: int):
-    """tile(unit, a, a_row, b, b_row, c, c_row, runs, count): C[rows, vectors] += A[rows, runs] @ B[runs, vectors].
+def value_tile(rows: int, vectors: int):
+    """Return what emits tile(unit, a, a_row, b, b_row, c, c_row, runs, count).
 
-    `runs` is the address of `count` pairs of int32, first and end of the stretches of the depth to go through (keys:
-    for pairs, both are halved). Row lengths in words. Each element of C has one writer; what is added to it is one
-    chain of multiply-adds over the stretches, begun at zero.
+    C[rows, vectors] += A[rows, runs] @ B[runs, vectors]. `runs` is the address of `count` pairs of int32, first and end
+    of the stretches of the depth to go through (keys: for pairs, both are halved). Row lengths in words. Each element
+    of C has one writer; what is added to it is one chain of multiply-adds over the stretches, begun at zero.
     """
 
     def emit(v: Vectors, unit, a, a_row, b, b_row, c, c_row, runs, count):
@@ -166,13 +167,13 @@ def _value_tile(rows: int, vectors: int):
         sums = run.close(new)
         tile.store([builder.fadd(old, x) for old, x in zip(tile.load(), sums, strict=True)])
 
-    return define(8, emit)
+    return emit
 
 
-score_tile_3, score_tile_2, score_tile_1 = (_score_tile(TILE_ROWS, n) for n in (3, 2, 1))
-score_row_3, score_row_1 = (_score_tile(1, n) for n in (3, 1))
-value_tile_3, value_tile_2, value_tile_1 = (_value_tile(TILE_ROWS, n) for n in (3, 2, 1))
-value_row_3, value_row_2, value_row_1 = (_value_tile(1, n) for n in (3, 2, 1))
+score_tile_3, score_tile_2, score_tile_1 = (define(7, score_tile(TILE_ROWS, n)) for n in (3, 2, 1))
+score_row_3, score_row_1 = (define(7, score_tile(1, n)) for n in (3, 1))
+value_tile_3, value_tile_2, value_tile_1 = (define(8, value_tile(TILE_ROWS, n)) for n in (3, 2, 1))
+value_row_3, value_row_2, value_row_1 = (define(8, value_tile(1, n)) for n in (3, 2, 1))
 
 
 def _row_largest(v: Vectors, unit, row, columns, start):
@@ -512,3 +513,5 @@ call_gradient = _function_pointer(11, False)
 # (b, h, row of q, number of runs, address to write to, bytes from first keys to ends, parameters)
 call_runs = _function_pointer(7, False)
 call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2
+# (address, A, its row, B, its row, C, its row, depth) and (..., runs, their number): see `score_tile`, `value_tile`
+call_score_tile, call_value_tile = (_function_pointer(count, False) for count in (7, 8))
