@@ -26,6 +26,7 @@ ENTRY = re.compile(r"(?:[A-Z][\w.-]* )*([A-Z]\w+)\b.*?\((\d{4})\)", flags=re.DOT
 @pytest.fixture(scope="module")
 def session() -> tuple[str, dict[str, object]]:
     """Everything after a ``>>>``, run from top to bottom: what came out otherwise, and the names left behind."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed; it belongs to the extra sklearn")
     example = doctest.DocTestParser().get_doctest(only_blocks(TEXT, "pycon"), {}, ARTICLE.name, str(ARTICLE), 0)
     report: list[str] = []
     doctest.DocTestRunner(verbose=False).run(example, out=report.append, clear_globs=False)

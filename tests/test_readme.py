@@ -29,6 +29,15 @@ def test_the_example_of_each_framework_runs(library):
         assert [x.shape for x in names["gradients"]] == [(2, 8, 64, 16)] * 3 + [(8,)]
 
 
+def test_the_example_of_choosing_parameters_runs(tmp_path, monkeypatch):
+    for library in ("sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    (code,) = [code for code in blocks(TEXT, "py") if "an.search(" in code]
+    exec(compile(code, str(README), "exec"), {})
+    assert (tmp_path / "front.png").stat().st_size > 0
+
+
 def test_the_two_commands_install_and_run():
     (commands,) = blocks(TEXT, "sh")
     first, second = commands.splitlines()

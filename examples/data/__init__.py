@@ -1,0 +1,1 @@
+"""Data sets that ship in wheels, read without importing the packages that carry them."""
