@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="at least, whatever they take (default: 5)")
     parser.add_argument("--profile", type=Path, help="where to write the profile, too (default: nowhere)")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default: benchmarks/results)")
+    parser.add_argument("--name", help="of the file there (default: tuning-DTYPE-THREADS)")
     arguments = parser.parse_args()
     bind(arguments.threads)
     dtype, found = named_dtype(arguments.dtype), []
@@ -40,7 +41,8 @@ def main() -> None:
             found.append(one)
             print(" | ".join(rows_of([one])[0]), flush=True)
             content = {"dtype": dtype.name, "machine": machine(arguments.threads), "rows": measurements_of(found)}
-            save(f"tuning-{dtype.name}-{arguments.threads}", content, arguments.folder)  # whole after every line
+            name = arguments.name or f"tuning-{dtype.name}-{arguments.threads}"
+            save(name, content, arguments.folder)  # whole after every line
     if arguments.profile:
         choices = {one.shape_class: one.choice for one in found if one.changed}
         write_profile(arguments.profile, choices, measurements_of(found), overwrite=True)

@@ -9,11 +9,10 @@ from attn_numba.gpu.hooks import bind
 from attn_numba.problem import check
 from machine_code import report
 
-LEARNED = [an.SoftCap(3.0), an.ALiBi(0.5), an.Temperature(2.0)]
+LEARNED = [an.SoftCap(3.0), an.ALiBi(0.5)]
 KERNELS = {  # architecture, dtype, head and value size, arguments of `attention`
     "causal": ((8, 0), "float32", 128, {"mask": an.Causal()}),
-    "double precision": ((8, 0), "float64", 64, {"mask": an.Causal(), "dropout": an.Dropout(0.3, 1)}),
-    "modifiers": ((9, 0), "float32", 64, {"modifiers": LEARNED, "query_offset": 0}),
+    "modifiers": ((9, 0), "float64", 64, {"modifiers": LEARNED, "query_offset": 0, "dropout": an.Dropout(0.3, 1)}),
 }
 
 

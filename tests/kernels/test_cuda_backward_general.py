@@ -12,7 +12,7 @@ from processes import run_python
 from simulation import run_simulated
 
 pytestmark = pytest.mark.skipif(find_spec("numba_cuda") is None, reason="needs numba-cuda")
-RULE_PARTS, NORMALIZER_PARTS, CODE_PARTS = 5, 2, 3
+RULE_PARTS, NORMALIZER_PARTS, CODE_PARTS = 5, 2, 2
 
 
 def simulated(call):
