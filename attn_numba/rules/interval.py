@@ -35,7 +35,7 @@ Bounds: TypeAlias = "tuple[Node | None, Node | None]"
 
 UNKNOWN: Bounds = (None, None)
 EITHER: Bounds = (lift(False), lift(True))
-QUERY_LEVELS = 7  # of range tables along queries: exact for up to 63 rows, and kernels ask for about 32 together
+QUERY_LEVELS = 8  # of range tables along queries: exact for up to 127 rows; kernels ask for up to 64 together
 TILE = {name: (symbol(f"{name}0"), symbol(f"{name}1") - 1) for name in ("i", "j", "row_i", "row_j")}
 
 

@@ -1,9 +1,15 @@
 """Gradients of every backend against the reference and torch, over all cases and dtypes; and that their bits stay."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
 import attn_numba as an
+from attn_numba import problem
+from attn_numba.cpu.binding import bind
+from attn_numba.cpu.choices import GROUP_ROWS
+from attn_numba.cpu.plan import BACKWARD_ROWS
 from attn_numba.gradient_checks import arrays_of
 from attn_numba.rules import as_modifiers
 from attn_numba.testing import check_attention_vjp
@@ -237,3 +243,13 @@ def test_inputs_stay_and_results_are_new(backend):
         np.testing.assert_array_equal(x, copy)
         assert not any(np.shares_memory(x, getattr(found, name)) for name in "qkv")
     assert all(getattr(found, name).flags.c_contiguous and getattr(found, name).flags.writeable for name in "qkv")
+
+
+@pytest.mark.parametrize("rows", sorted({BACKWARD_ROWS, *GROUP_ROWS}))
+def test_as_many_rows_as_kernels_take_are_told_apart_by_their_ids(rows):
+    """Else whole tiles of pairs that no row sees would be computed: no wrong number, but sixteen times the time."""
+    q = np.zeros((1, 1, 1024, 8), "float32")
+    rules = problem.check(q, q, q, mask=an.SameDocument(np.arange(1024)[None] // 256))
+    bound = bind(rules, gradients=True)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 7)(bound.hooks[0])
+    assert [kind(0, 0, 256, 256 + rows, j, j + 256, bound.address) for j in (0, 256, 512)] == [0, 2, 0]
