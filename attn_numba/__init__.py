@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         mask_array as mask_array,
         merge as merge,
     )
+    from attn_numba.caches import KVCache as KVCache, PagedKVCache as PagedKVCache
+    from attn_numba.decoding import decode as decode
     from attn_numba.environment import (
         backends as backends,
         config_report as config_report,
@@ -46,8 +48,13 @@ if TYPE_CHECKING:
     from attn_numba.layer_results import MultiHeadGradients as MultiHeadGradients, MultiHeadSaved as MultiHeadSaved
     from attn_numba.layers import SelfAttention as SelfAttention
     from attn_numba.multi_head import MultiHeadAttention as MultiHeadAttention
+    from attn_numba.packing import pack as pack, unpack as unpack
     from attn_numba.parallel import set_threads as set_threads, threads as threads
     from attn_numba.profiles import use_profile as use_profile
+    from attn_numba.ragged import (
+        ragged_attention as ragged_attention,
+        ragged_attention_vjp as ragged_attention_vjp,
+    )
     from attn_numba.recurrent import recurrent_attention as recurrent_attention
     from attn_numba.rotations import rotary as rotary, rotary_vjp as rotary_vjp
     from attn_numba.rules import (
@@ -83,7 +90,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("attention", "attention_vjp", "merge", "mask_array"),
+    "caches": ("KVCache", "PagedKVCache"),
+    "decoding": ("decode",),
     "environment": ("warmup", "backends", "config_report"),
+    "packing": ("pack", "unpack"),
     "parallel": ("threads", "set_threads"),
     "profiles": ("use_profile",),
     "layers": ("SelfAttention",),
@@ -91,6 +101,7 @@ _HOMES = {
     "layer_results": ("MultiHeadGradients", "MultiHeadSaved"),
     "rotations": ("rotary", "rotary_vjp"),
     "explain": ("weights_of", "entropy", "top_keys", "TopKeys", "column_sums", "rollout"),
+    "ragged": ("ragged_attention", "ragged_attention_vjp"),
     "recurrent": ("recurrent_attention",),
     "rules": (
         "Causal", "SlidingWindow", "Neighborhood", "Padding", "SameDocument", "PrefixLM", "BlockSparse", "Dense",

