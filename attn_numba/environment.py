@@ -127,6 +127,7 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
             "vectors": (found.vectors, "what the compiler emits for it"),
             "register tile": (f"{found.tile_rows} rows x 3 vectors", "vector registers"),
             "bfloat16 dot product": (found.bfloat_dot, "what the compiler emits for it"),
+            "dot product of bytes": (found.byte_dot, "what the compiler emits for it"),
             "float16 conversion": (found.half, "what the compiler emits for it"),
         }
         report["cache"]["folder"] = cache_folder()

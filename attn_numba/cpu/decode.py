@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from attn_numba.cpu.decode_rows import call_finish, call_ready
 from attn_numba.cpu.decode_state import BLOCK, SPLIT, decode_call_of
 from attn_numba.cpu.decode_tiles import (
     add_scaled,
@@ -44,10 +45,8 @@ from attn_numba.cpu.tiles import (
     vector_length,
     word_bytes,
 )
-from attn_numba.rules import storage
 
 BLOCKS = SPLIT // BLOCK
-GROUP = storage.GROUP
 BUSY_ROWS = 3  # with fewer query rows the processor itself reads ahead of what it computes,
 FAST_BYTES = 32768  # if memory goes on for as long
 
@@ -98,53 +97,17 @@ def _row_address(pages, b, hk, j, call, token, head):
 
 
 @compiled
-def _rotate(row, size, block, part, padded, number):
-    """Rotate the numbers of a row in place, as `rules.storage.rotated` does; its parts lie `padded` numbers apart."""
-    word, step = word_bytes(number), 1
-    while step < block:
-        for i in range(size):
-            if i & step == 0:
-                other = i + step
-                left = row + (i if i < part else padded + i - part) * word
-                right = row + (other if other < part else padded + other - part) * word
-                a, b = load_number(number, left), load_number(number, right)
-                store_number(number, left, a + b)
-                store_number(number, right, a - b)
-        step *= 2
-    factor = type(number)(1 / np.sqrt(block))
-    for i in range(size):
-        at = row + (i if i < part else padded + i - part) * word
-        store_number(number, at, load_number(number, at) * factor)
-
-
-@compiled
-def _add_centers(sums, call, number):
-    """Add to a row of sums what its groups' centers come to, which stands behind it."""
-    word = word_bytes(number)
-    centers = sums + call.value_parts * call.value_padded * word
-    for p in range(call.value_parts):
-        for e in range(call.value_codes):
-            at = sums + (p * call.value_padded + e) * word
-            center = load_number(number, centers + (p * call.value_groups + e // GROUP) * word)
-            store_number(number, at, load_number(number, at) + center)
-
-
-@compiled
 def _load_queries(call, space, team, hk, r0, rows, number):
-    """Copy the item's query rows, their parts in whole vectors."""
-    word, width = word_bytes(number), call.key_parts * call.key_padded
-    clear(space + call.q_at, rows * width, number)
+    """Copy the item's query rows, as keys need them."""
     for r in range(rows):
         b, h, i = _row(call, team, hk, r0 + r)
         source = call.q + b * call.q_b + h * call.q_h + i * call.q_i
-        for p in range(call.key_parts):
-            first = p * call.key_codes
-            to = space + call.q_at + (r * width + p * call.key_padded) * word
-            count = min(call.key_codes, call.D - first)
-            read_row(to, source + first * call.q_d, call.q_d, count, call, number)
-        if call.key_rotation:
-            row = space + call.q_at + r * width * word
-            _rotate(row, call.D, call.key_rotation, call.key_codes, call.key_padded, number)
+        row = space + call.q_at + r * call.query_bytes
+        to = space + call.sums_at if call.ready else row
+        clear(to, call.key_padded, number)
+        read_row(to, source, call.q_d, call.D, call, number)
+        if call.ready:
+            call_ready(call.ready, to, row)
 
 
 @compiled
@@ -176,7 +139,7 @@ def _mark(call, space, team, hk, r0, rows, j0, j1):
 @compiled
 def _asks_far(call, rows, token):
     """Whether memory is asked for well ahead everywhere, or only from keys to values and on to the next item."""
-    return rows >= BUSY_ROWS or call.page * token < FAST_BYTES or call.value_groups > 0
+    return rows >= BUSY_ROWS or call.page * token < FAST_BYTES or call.finish != 0
 
 
 @compiled
@@ -231,7 +194,7 @@ def _score(call, space, team, members, hk, rows, j0, j1, number):
         if not load_byte(union + (j - j0) // BLOCK):
             j = end
             continue
-        count, m = min(end - j, call.page - j % call.page, call.chunk), 0
+        count, m = min(end - j, call.page - j % call.page), 0
         while m < members:
             last = _sharing(call, call.keys, team, members, m, j0, j, count)
             if last > m:
@@ -242,26 +205,30 @@ def _score(call, space, team, members, hk, rows, j0, j1, number):
 
 
 @compiled
-def _score_rows(call, space, b, hk, r, rows, j0, j, count, number):
-    """Fill rows r to `rows` of the strip with products of their queries and some keys of a sequence."""
+def _score_rows(call, space, b, hk, first, rows, j0, j, count, number):
+    """Fill rows `first` to `rows` of the strip with products of their queries and some keys of a sequence."""
     word, union, j1 = word_bytes(number), space + call.marks_at, _end(call, b, j0)
-    width, count = call.key_parts * call.key_padded * word, min(count, j1 - j)
+    count = min(count, j1 - j)
     keys = _row_address(call.keys, b, hk, j, call, call.key_token, call.key_head)
-    soon, far = keys, _asks_far(call, rows - r, call.key_token)
+    soon, far = keys, _asks_far(call, rows - first, call.key_token)
     if far or j + count == j1:
         soon = _key_ahead(call, union, b, hk, j + (call.keys_ahead if far else count), j0, j1)
-    while r < rows:  # the last rows ask for memory
-        to = space + call.scores_at + r * call.score_row + (j - j0) * word
-        q = space + call.q_at + r * width
-        if call.scores_4 and rows - r > 2:
-            call_scores(call.scores_4, q, keys, count, to, call.score_row, soon if rows - r <= 4 else keys)
-            r += 4
-        elif rows - r >= 2:
-            call_scores(call.scores_2, q, keys, count, to, call.score_row, soon if rows - r == 2 else keys)
-            r += 2
-        else:
-            call_scores(call.scores_1, q, keys, count, to, call.score_row, soon)
-            r += 1
+    strip = space + call.scores_at + (j - j0) * word
+    while count > 0:
+        some, r = min(count, call.chunk), first
+        while r < rows:  # the last rows ask for memory
+            to, q = strip + r * call.score_row, space + call.q_at + r * call.query_bytes
+            if call.scores_4 and rows - r > 2:
+                call_scores(call.scores_4, q, keys, some, to, call.score_row, soon if rows - r <= 4 else keys)
+                r += 4
+            elif rows - r >= 2:
+                call_scores(call.scores_2, q, keys, some, to, call.score_row, soon if rows - r == 2 else keys)
+                r += 2
+            else:
+                call_scores(call.scores_1, q, keys, some, to, call.score_row, soon)
+                r += 1
+        keys, soon, strip = keys + some * call.key_token, soon + some * call.key_token, strip + some * word
+        count -= some
 
 
 @compiled
@@ -326,7 +293,7 @@ def _sum_values(call, space, state, part, team, members, hk, rows, j0, j1, caref
         if not load_byte(union + (j - j0) // BLOCK):
             j = end
             continue
-        count, m = min(end - j, call.page - j % call.page, call.chunk), 0
+        count, m = min(end - j, call.page - j % call.page), 0
         while m < members:
             last = _sharing(call, call.values, team, members, m, j0, j, count)
             if last > m:
@@ -338,29 +305,33 @@ def _sum_values(call, space, state, part, team, members, hk, rows, j0, j1, caref
 
 
 @compiled
-def _sum_rows(call, space, state, part, b, hk, r, rows, j0, j, count, careful, number):
-    """Add some weighted values of a sequence to the partial sums of rows r to `rows`."""
+def _sum_rows(call, space, state, part, b, hk, first, rows, j0, j, count, careful, number):
+    """Add some weighted values of a sequence to the partial sums of rows `first` to `rows`."""
     word, union, j1 = word_bytes(number), space + call.marks_at, _end(call, b, j0)
     count = min(count, j1 - j)
     values = _row_address(call.values, b, hk, j, call, call.value_token, call.value_head)
-    soon, far = values, _asks_far(call, rows - r, call.value_token)
+    soon, far = values, _asks_far(call, rows - first, call.value_token)
     if far or j + count == j1:
         soon = _value_ahead(call, state, union, b, hk, j + (call.values_ahead if far else count), j0, j1)
-    while r < rows:
-        left = space + call.scores_at + r * call.score_row + (j - j0) * word
-        to = part + r * call.value_width * word
-        if call.values_4 and rows - r > 3:
-            tile = call.careful_4 if careful else call.values_4
-            call_values(tile, left, call.score_row, values, count, to, soon if rows - r == 4 else values)
-            r += 4
-        elif rows - r > 1:
-            tile = call.careful_2 if careful else call.values_2
-            call_values(tile, left, call.score_row, values, count, to, soon if rows - r == 2 else values)
-            r += 2
-        else:
-            tile = call.careful_1 if careful else call.values_1
-            call_values(tile, left, call.score_row, values, count, to, soon)
-            r += 1
+    tile_1 = call.careful_1 if careful else call.values_1
+    tile_2 = call.careful_2 if careful else call.values_2
+    tile_4 = call.careful_4 if careful else call.values_4
+    strip = space + call.scores_at + (j - j0) * word
+    while count > 0:
+        some, r = min(count, call.chunk), first
+        while r < rows:
+            left, to = strip + r * call.score_row, part + r * call.value_width * word
+            if tile_4 and rows - r > 3:
+                call_values(tile_4, left, call.score_row, values, some, to, soon if rows - r == 4 else values)
+                r += 4
+            elif rows - r > 1:
+                call_values(tile_2, left, call.score_row, values, some, to, soon if rows - r == 2 else values)
+                r += 2
+            else:
+                call_values(tile_1, left, call.score_row, values, some, to, soon)
+                r += 1
+        values, soon, strip = values + some * call.value_token, soon + some * call.value_token, strip + some * word
+        count -= some
 
 
 @compiled
@@ -412,15 +383,10 @@ def _merge(call, space, b, hk, block, rows, splits, number):
             total += added * shrink
             add_scaled(number, sums, part + (first + r) * width * word, width, type(number)(shrink))
         inverse, lse = divided(call, b, h, largest * call.factor, total)
-        if call.value_groups:
-            _add_centers(sums, call, number)
-            _rotate(sums, call.E, call.value_rotation, call.value_codes, call.value_padded, number)
+        if call.finish:
+            call_finish(call.finish, sums)
         to = call.out + b * call.out_b + h * call.out_h + i * call.out_i
-        for p in range(call.value_parts):
-            e = p * call.value_codes
-            source = sums + p * call.value_padded * word
-            count = min(call.value_codes, call.E - e)
-            write_row(to + e * call.out_e, call.out_e, source, count, inverse, call, number)
+        write_row(to, call.out_e, sums, call.E, inverse, call, number)
         if call.lse:
             store_number(number, call.lse + ((b * call.H + h) * call.M + i) * word, lse)
         if call.weights:

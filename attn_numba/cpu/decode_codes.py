@@ -1,8 +1,8 @@
 """Rows of keys and values as a cache stores them, read as vectors of numbers: emitted as LLVM vector code.
 
 What a row of each code looks like in memory is said by `rules.storage.Code`. The numbers of a row come in *parts*: two
-for int4 (the low halves and the high ones), else one. Rows of queries and of sums, which the worker keeps, hold their
-parts one after the other, each in whole vectors.
+for int4 (the low halves and the high ones), else one; keys are never int4. Rows of sums, which the worker keeps, hold
+their parts one after the other, each in whole vectors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from attn_numba.cpu.vectors import DOUBLE, FLOAT, HALF, I1, I8, I16, I32, I64
 from attn_numba.rules.storage import GROUP
 
 LINE = 64  # bytes of a cache line
+BYTES = 64  # of codes that a processor with products of bytes multiplies at a time
+DIGITS = range(3)  # of a query that meets such codes, the most significant first
 
 STORED = {"float64": DOUBLE, "float32": FLOAT, "float16": I16, "bfloat16": I16, "int8": I8, "int4": I8}
 NIBBLES = tuple(float(n if n < 8 else n - 16) for n in range(16))  # what the four bits of an int4 code say
@@ -34,8 +36,12 @@ class Shape(NamedTuple):
         return DOUBLE if self.code == "float64" else FLOAT
 
     @property
+    def number_bytes(self) -> int:
+        return 8 if self.code == "float64" else 4
+
+    @property
     def lanes(self) -> int:
-        return target().vector_bytes // (8 if self.code == "float64" else 4)
+        return target().vector_bytes // self.number_bytes
 
     @property
     def parts(self) -> int:
@@ -75,6 +81,31 @@ class Shape(NamedTuple):
     def width(self) -> int:
         """Numbers of a row as the worker keeps it: the parts, then one number for each group."""
         return self.parts * self.padded + -(-self.parts * self.groups // self.lanes) * self.lanes
+
+    @property
+    def digits(self) -> bool:
+        """Whether queries meet codes as digits of whole numbers: see `decode_rows.py`."""
+        return self.code == "int8" and target().byte_dot
+
+    @property
+    def byte_vectors(self) -> int:
+        """Vectors of codes as bytes, the last of which may not be whole."""
+        return -(-GROUP * self.groups // BYTES)
+
+    @property
+    def sums_at(self) -> int:
+        """Bytes from the beginning of a query's row, as the worker keeps it, to the sums of its groups."""
+        return BYTES * len(DIGITS) * self.byte_vectors if self.digits else self.padded * self.number_bytes
+
+    @property
+    def unit_at(self) -> int:
+        """Bytes from the beginning of a query's row to the unit of its digits, in every lane of a vector."""
+        return self.sums_at + self.number_bytes * -(-self.groups // self.lanes) * self.lanes
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes from one query's row to the next."""
+        return self.unit_at + (BYTES if self.digits else 0)
 
     @property
     def words_at(self) -> int:
@@ -170,16 +201,38 @@ class Tile:
             found.append(builder.sitofp(builder.ashr(raised, v.integer_constant(28)), v.vector))
         return found
 
-    def words(self, row: ir.Value, offset: ir.Value | int, count: int) -> tuple[ir.Value, ir.Value]:
+    def words(self, row: ir.Value, skipped: int, part: int, n: int) -> tuple[ir.Value, ir.Value]:
+        """Return scales and centers of the groups of a part that vector n of its groups holds; zeros beyond."""
+        shape = self.shape
+        first = n * shape.lanes
+        offset = skipped + 4 * (part * shape.groups + first)
+        return self.words_from(row, offset, min(shape.groups - first, shape.lanes))
+
+    def words_from(self, row: ir.Value, offset: ir.Value | int, count: int) -> tuple[ir.Value, ir.Value]:
         """Return scales and centers of some groups of a row, whose words begin at an offset; zeros beyond."""
         v, builder = self.v, self.builder
-        mask = ir.Constant(ir.VectorType(I1, v.lanes), [n < count for n in range(v.lanes)])
-        pointer = v.pointer(builder.add(row, self.constant(self.shape.words_at)), offset, v.integers)
-        name, nothing = f"llvm.masked.load.v{v.lanes}i32.p0", ir.Constant(v.integers, None)
-        found = v.call(name, v.integers, pointer, ir.Constant(I32, 1), mask, nothing)
+        found = self._load_some(builder.add(row, self.constant(self.shape.words_at)), offset, v.lanes, count)
         scales = builder.shl(found, v.integer_constant(16))
         centers = builder.and_(found, v.integer_constant(-65536))
         return builder.bitcast(scales, v.vector), builder.bitcast(centers, v.vector)
+
+    def read_bytes(self, row: ir.Value, skipped: int, n: int) -> ir.Value:
+        """Return vector n of a row's codes as bytes without a sign, four to a lane: each is 128 more than it says."""
+        lanes = BYTES // 4
+        count = min(GROUP * self.shape.groups // 4 - n * lanes, lanes)
+        codes = self._load_some(row, self.constant(skipped + n * BYTES), lanes, count)
+        return self.builder.xor(codes, ir.Constant(codes.type, [-0x7F7F7F80] * lanes))
+
+    def _load_some(self, address: ir.Value, offset: ir.Value | int, lanes: int, count: int) -> ir.Value:
+        """Return the first `count` of a vector of words of 32 bits; zeros beyond."""
+        v, kind = self.v, ir.VectorType(I32, lanes)
+        if count == lanes:
+            return v.load(address, offset, kind)
+        mask = ir.Constant(ir.VectorType(I1, lanes), [n < count for n in range(lanes)])
+        pointer = v.pointer(address, offset, kind)
+        return v.call(
+            f"llvm.masked.load.v{lanes}i32.p0", kind, pointer, ir.Constant(I32, 1), mask, ir.Constant(kind, None)
+        )
 
     def scratch(self, vectors: int) -> ir.Value:
         """Return the address of room on the stack."""
@@ -192,3 +245,21 @@ class Tile:
         pointer = self.v.pointer(address, offset, I8)
         kinds = (ir.Constant(I32, n) for n in (0, 2, 1))  # to read, into the second-level cache, data
         self.v.call("llvm.prefetch.p0", ir.VoidType(), pointer, *kinds)
+
+
+def folded(v: Functions, sums: list[ir.Value]) -> ir.Value:
+    """Return the vector whose lane n is the sum over the lanes of vector n.
+
+    Neighbors are added first, then pairs, and so on.
+    """
+    distance = 1
+    while len(sums) > 1:
+        n = v.lanes
+        low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+        high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+        sums = [
+            v.builder.fadd(v.shuffle(a, b, low), v.shuffle(a, b, high))
+            for a, b in zip(sums[::2], sums[1::2], strict=True)
+        ]
+        distance *= 2
+    return sums[0]

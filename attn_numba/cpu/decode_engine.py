@@ -11,6 +11,7 @@ from attn_numba.cpu import decode
 from attn_numba.cpu.binding import bind
 from attn_numba.cpu.compilation import compile_worker
 from attn_numba.cpu.decode_codes import Shape
+from attn_numba.cpu.decode_rows import decode_rows
 from attn_numba.cpu.decode_state import BLOCK, BLOCK_ROWS, SPLIT, Call, Layout, keys_ahead, packed, state_block
 from attn_numba.cpu.decode_tiles import decode_tiles
 from attn_numba.cpu.engine import SMALL, address, sink_of
@@ -21,7 +22,6 @@ from attn_numba.cpu.target import target
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
 from attn_numba.rules import Sizes
-from attn_numba.rules.storage import rotation
 
 # Numbers that need no conversion leave little to do while memory arrives. A few query rows then go in pairs through a
 # few keys at a time: the first pair meets them as they stream in, the others find them in the first-level cache.
@@ -57,20 +57,16 @@ def plan_of(H: int, Hk: int, M: int, keys: Shape, values: Shape, dtype: str, sha
     padded = block_rows + 3  # rows to spare for the last tile
     score_row = (SPLIT + lanes) * word
     places, size = placed({
-        "q_at": padded * keys.width * word, "scores_at": padded * score_row,
-        "marks_at": (block_rows + 2) * (SPLIT // BLOCK), "sums_at": (values.width + lanes) * word,
+        "q_at": padded * keys.query_bytes, "scores_at": padded * score_row,
+        "marks_at": (block_rows + 2) * (SPLIT // BLOCK), "sums_at": max(values.width + lanes, keys.padded) * word,
     })  # fmt: skip
     fixed = {
         "workspace_bytes": up(size, 64),
         "part_bytes": up((block_rows * values.width + 2 * block_rows) * word, 64),
         "kind": unit.kind, "itemsize": unit.itemsize, "H": H, "Hk": Hk, "M": M, "D": keys.size, "E": values.size,
         "rows": rows, "row_blocks": max(1, -(-rows // block_rows)), "block_rows": block_rows,
-        "key_parts": keys.parts, "key_codes": keys.codes, "key_padded": keys.padded,
-        "key_rotation": rotation(keys.size) if keys.groups else 0, "value_parts": values.parts,
-        "value_codes": values.codes, "value_padded": values.padded,
-        "value_rotation": rotation(values.size) if values.groups else 0,
-        "value_groups": values.groups, "value_width": values.width, "keys_ahead": keys_ahead(keys),
-        "values_ahead": keys_ahead(values),
+        "key_padded": keys.padded, "query_bytes": keys.query_bytes, **decode_rows(keys, values)._asdict(),
+        "value_width": values.width, "keys_ahead": keys_ahead(keys), "values_ahead": keys_ahead(values),
         "chunk": CHUNK if pairs and block_rows > 2 else BLOCK, "score_row": score_row, **tiles, **places,
     }  # fmt: skip
     layout = packed(Layout(**fixed))

@@ -11,7 +11,7 @@ from numba import from_dtype
 from attn_numba.cpu.decode_codes import Shape
 from attn_numba.cpu.state import COUNTER_WORDS, reader_of
 
-SPLIT = 512  # keys of an item; it begins at a multiple of them. With D and E it fixes the order of sums
+SPLIT = 1024  # keys of an item; it begins at a multiple of them. With D and E it fixes the order of sums
 BLOCK = 64  # keys that the tile hook is asked about
 BLOCK_ROWS = 64  # query rows of an item, at most: their scores stay in the second-level cache
 AHEAD_BYTES = 65536  # from what is read to what is asked for
@@ -75,15 +75,10 @@ class Layout(NamedTuple):
     rows: int  # query rows of a key head: those of all heads that it serves
     row_blocks: int
     block_rows: int
-    key_parts: int  # parts of a row
-    key_codes: int  # numbers of D in a part, and what it takes in whole vectors
-    key_padded: int
-    key_rotation: int  # numbers that are rotated with each other; 0: none are
-    value_parts: int
-    value_codes: int
-    value_padded: int
-    value_rotation: int
-    value_groups: int  # of a part; 0: codes are numbers
+    key_padded: int  # numbers of D in whole vectors
+    query_bytes: int  # from one query's row to the next
+    ready: int  # makes a query's numbers a row, 0: they are; and sums of codes numbers, 0: they are
+    finish: int
     value_width: int  # numbers of a row of sums
     keys_ahead: int  # from those that are read to those that are asked for
     values_ahead: int

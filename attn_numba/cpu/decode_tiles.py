@@ -22,11 +22,11 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from attn_numba.cpu.decode_codes import LINE, Shape, Tile
+from attn_numba.cpu.decode_codes import BYTES, DIGITS, LINE, Shape, Tile, folded
 from attn_numba.cpu.functions import Functions
 from attn_numba.cpu.hooks import compile_hooks
 from attn_numba.cpu.tiles import define, function_pointer, result_number
-from attn_numba.cpu.vectors import I1, I64, Loop
+from attn_numba.cpu.vectors import I1, I32, I64, Loop
 from attn_numba.rules.storage import GROUP
 
 TILE_ROWS = (1, 2, 4)  # query rows that go together
@@ -47,40 +47,76 @@ def _emit_scores(function: ir.Function, shape: Shape, rows: int) -> None:
     tile = Tile(function, shape)
     q, keys, count, to, row, ahead = function.args
     v, builder = tile.v, tile.builder
-    lanes_of, resident = tile.scratch(rows * shape.lanes), None
-    if rows * shape.parts * shape.vectors <= tile.registers:
-        resident = [v.load(q, n * shape.lanes * v.bytes) for n in range(rows * shape.parts * shape.vectors)]
-    sums_of = _group_sums(tile, q, rows) if shape.groups else None
-    group = Loop(builder, count, shape.lanes, [])
+    sums_of = _digit_sums if shape.digits else _grouped_sums if shape.groups else _row_sums
+    lanes_of, queries = tile.scratch(shape.lanes), Queries(tile, q, rows)
+    together = shape.lanes // rows  # keys whose sums, for all rows, are folded at a time
+    group = Loop(builder, count, together, [])
     left = builder.sub(count, group.index)
-    limit = tile.constant(shape.lanes)
+    limit = tile.constant(together)
     some = builder.select(builder.icmp_signed("<", left, limit), left, limit)
-    near = 1 if resident is not None or rows == 1 else 2  # keys whose numbers meet a number of q that is read once
+    near = 1 if queries.resident or rows == 1 else min(2, together)  # keys that meet a vector of q that is read once
     whole = builder.and_(some, tile.constant(-near))
-    for together, start, end in ((near, tile.constant(0), whole), (1, whole, some))[: 2 if near > 1 else 1]:
-        key = Loop(builder, builder.sub(end, start), together, [])
+    for keys_near, start, end in ((near, tile.constant(0), whole), (1, whole, some))[: 2 if near > 1 else 1]:
+        key = Loop(builder, builder.sub(end, start), keys_near, [])
         n = builder.add(start, key.index)
         at = tile.times(builder.add(group.index, n), shape.row_bytes)
-        source, asked = builder.add(keys, at), builder.add(ahead, at)
-        if sums_of:
-            sums = _grouped_sums(tile, rows, together, q, resident, sums_of, source, asked)
-        else:
-            sums = _row_sums(tile, rows, together, q, resident, source, asked)
+        sums = sums_of(tile, rows, keys_near, queries, builder.add(keys, at), builder.add(ahead, at))
         place = builder.add(lanes_of, tile.times(n, shape.lanes * v.bytes))
         for i, total in enumerate(sums):
-            v.store(total, place, (i // together * shape.lanes + i % together) * shape.lanes * v.bytes)
+            v.store(total, place, (i // keys_near * together + i % keys_near) * shape.lanes * v.bytes)
         key.close([])
-    first = tile.times(group.index, v.bytes)
-    for r in range(rows):
-        start = r * shape.lanes
-        folded = _folded(v, [v.load(lanes_of, (start + n) * shape.lanes * v.bytes) for n in range(shape.lanes)])
-        v.store_first(folded, builder.add(to, first), some)
-        to = builder.add(to, row)
+    scores = folded(v, [v.load(lanes_of, n * shape.lanes * v.bytes) for n in range(shape.lanes)])
+    if shape.digits:
+        scores = builder.fmul(scores, queries.units())
+    first = builder.add(to, tile.times(group.index, v.bytes))
+    for r in range(rows):  # a row's scores lie in lanes of their own
+        lanes = ir.Constant(ir.VectorType(I32, v.lanes), [(n - r * together) % 2**32 for n in range(v.lanes)])
+        own = builder.icmp_unsigned("<", lanes, v.splat(builder.trunc(some, I32)))
+        v.store_where(own, scores, v.pointer(first, -r * together * v.bytes))
+        first = builder.add(first, row)
     group.close([])
     builder.ret_void()
 
 
-def _row_sums(tile: Tile, rows: int, together: int, q, resident, keys, ahead) -> list[ir.Value]:
+class Queries:
+    """The query rows of a tile: their vectors, which stay in registers if they fit, and the sums of their groups."""
+
+    def __init__(self, tile: Tile, q: ir.Value, rows: int) -> None:
+        shape = tile.shape
+        self.tile, self.q, self.rows = tile, q, rows
+        self.kind = ir.VectorType(I32, BYTES // 4) if shape.digits else None
+        self.vectors = shape.byte_vectors * len(DIGITS) if shape.digits else shape.vectors
+        self.resident: list[list[ir.Value]] = []
+        if rows * self.vectors <= tile.registers:
+            self.resident = [[self._load(r, n) for n in range(self.vectors)] for r in range(rows)]
+        words = range(-(-shape.groups // shape.lanes))
+        step = shape.lanes * tile.v.bytes
+        self.sums = [
+            [tile.v.load(q, r * shape.query_bytes + shape.sums_at + w * step) for w in words] for r in range(rows)
+        ]
+
+    def units(self) -> ir.Value:
+        """Return the units of the rows' digits, those of a row in as many lanes as any other's."""
+        v, shape, count = self.tile.v, self.tile.shape, self.rows
+        each = [v.load(self.q, r * shape.query_bytes + shape.unit_at) for r in range(count)]
+        found = each[0]
+        for r, units in enumerate(each[1:], 1):
+            found = v.shuffle(found, units, [n + v.lanes * (n * count // v.lanes == r) for n in range(v.lanes)])
+        return found
+
+    def _load(self, r: int, n: int, at: ir.Value | None = None) -> ir.Value:
+        v, shape = self.tile.v, self.tile.shape
+        row = self.q if at is None else self.tile.builder.add(self.q, self.tile.times(at, v.bytes))
+        return v.load(row, r * shape.query_bytes + n * (BYTES if shape.digits else shape.lanes * v.bytes), self.kind)
+
+    def vector(self, r: int, n: int, at: ir.Value | None = None) -> ir.Value:
+        """Return vector n of a row, counted from number `at` on; with resident rows that is a constant or none."""
+        if not self.resident:
+            return self._load(r, n, at)
+        return self.resident[r][n + (at.constant // self.tile.shape.lanes if at is not None else 0)]
+
+
+def _row_sums(tile: Tile, rows: int, together: int, queries: Queries, keys, ahead) -> list[ir.Value]:
     """Return for each row of q, and for each of some keys at an address, the lanes of their product."""
     v, builder, shape = tile.v, tile.builder, tile.shape
 
@@ -88,26 +124,20 @@ def _row_sums(tile: Tile, rows: int, together: int, q, resident, keys, ahead) ->
         """Go on by some vectors of codes, `at` codes after the first one."""
         new = list(old)
         asked = builder.add(ahead, tile.times(at, tile.code_bytes * together))
-        queries = builder.add(q, tile.times(at, v.bytes))
         asks = shape.row_bytes if vectors == shape.vectors else vectors * tile.vector_bytes
         for line in range(0, together * asks, LINE):
             tile.prefetch(asked, line)
         for n in range(vectors):
-            found = [tile.read(keys, key * shape.row_bytes, at, n, whole) for key in range(together)]
+            found = [tile.read(keys, key * shape.row_bytes, at, n, whole)[0] for key in range(together)]
             for r in range(rows):
-                for p in range(shape.parts):
-                    place = (r * shape.parts + p) * shape.vectors + n
-                    if resident:
-                        query = resident[place + at.constant // shape.lanes]
-                    else:
-                        query = v.load(queries, place * shape.lanes * v.bytes)
-                    for key in range(together):
-                        new[r * together + key] = v.fma(query, found[key][p], new[r * together + key])
+                query = queries.vector(r, n, at)
+                for key in range(together):
+                    new[r * together + key] = v.fma(query, found[key], new[r * together + key])
         return new
 
     sums = [v.constant(0.0)] * (rows * together)
     whole = shape.whole
-    if resident:
+    if queries.resident:
         sums = block(tile.constant(0), whole, True, sums)
     else:
         depth = Loop(builder, tile.constant(whole * shape.lanes), shape.lanes, sums)
@@ -117,69 +147,66 @@ def _row_sums(tile: Tile, rows: int, together: int, q, resident, keys, ahead) ->
     return sums
 
 
-def _group_sums(tile: Tile, q: ir.Value, rows: int) -> list[list[ir.Value]]:
-    """Return for each row of q the sums of its numbers that meet a group, as vectors of groups."""
-    v, builder, shape = tile.v, tile.builder, tile.shape
-    found = []
-    for r in range(rows):
-        groups = []
-        for p in range(shape.parts):
-            place = (r * shape.parts + p) * shape.padded
-            for first in range(0, shape.padded, GROUP):
-                vectors = range(first, min(first + GROUP, shape.padded), shape.lanes)
-                groups.append(functools.reduce(builder.fadd, (v.load(q, (place + n) * v.bytes) for n in vectors)))
-        groups += [v.constant(0.0)] * (-len(groups) % shape.lanes)
-        found.append([_folded(v, groups[n : n + shape.lanes]) for n in range(0, len(groups), shape.lanes)])
-    return found
-
-
-def _grouped_sums(tile: Tile, rows: int, together: int, q, resident, sums_of, keys, ahead) -> list[ir.Value]:
+def _grouped_sums(tile: Tile, rows: int, together: int, queries: Queries, keys, ahead) -> list[ir.Value]:
     """Return what `_row_sums` does, for codes in groups: the centers first, then the codes."""
     v, builder, shape = tile.v, tile.builder, tile.shape
     for line in range(0, together * shape.row_bytes, LINE):
         tile.prefetch(ahead, line)
-    words = len(sums_of[0])
+    words = len(queries.sums[0])
     scales_of = tile.scratch(together * words)
     sums = [v.constant(0.0)] * (rows * together)
     for key in range(together):
         for w in range(words):
-            left = min(shape.parts * shape.groups - w * shape.lanes, shape.lanes)
-            scales, centers = tile.words(keys, key * shape.row_bytes + w * shape.lanes * 4, left)
+            scales, centers = tile.words(keys, key * shape.row_bytes, 0, w)
             v.store(scales, scales_of, (key * words + w) * v.bytes * shape.lanes)
             for r in range(rows):
-                sums[r * together + key] = v.fma(sums_of[r][w], centers, sums[r * together + key])
+                sums[r * together + key] = v.fma(queries.sums[r][w], centers, sums[r * together + key])
     for n in range(shape.vectors):
-        found = [tile.read(keys, key * shape.row_bytes, tile.constant(0), n, True) for key in range(together)]
-        for p in range(shape.parts):
-            group = p * shape.groups + n * shape.lanes // GROUP
-            numbers = []
+        numbers = []
+        for key in range(together):
+            [codes] = tile.read(keys, key * shape.row_bytes, tile.constant(0), n, True)
+            at = (key * words * shape.lanes + n * shape.lanes // GROUP) * v.bytes
+            numbers.append(builder.fmul(codes, v.splat(v.load(scales_of, at, v.number))))
+        for r in range(rows):
+            query = queries.vector(r, n)
             for key in range(together):
-                scale = v.load(scales_of, (key * words * shape.lanes + group) * v.bytes, v.number)
-                numbers.append(builder.fmul(found[key][p], v.splat(scale)))
-            for r in range(rows):
-                place = (r * shape.parts + p) * shape.vectors + n
-                query = resident[place] if resident else v.load(q, place * shape.lanes * v.bytes)
-                for key in range(together):
-                    sums[r * together + key] = v.fma(query, numbers[key], sums[r * together + key])
+                sums[r * together + key] = v.fma(query, numbers[key], sums[r * together + key])
     return sums
 
 
-def _folded(v: Functions, sums: list[ir.Value]) -> ir.Value:
-    """Return the vector whose lane n is the sum over the lanes of vector n.
+def _digit_sums(tile: Tile, rows: int, together: int, queries: Queries, keys, ahead) -> list[ir.Value]:
+    """Return what `_grouped_sums` does, in units of the queries' digits.
 
-    Neighbors are added first, then pairs, and so on.
+    The processor multiplies bytes without a sign by digits with one, and adds four neighbors, which are of one group:
+    codes are read 128 too large, and 128 scales are taken from the center. Each digit is added to 256 times what those
+    before it came to, in whole numbers, and only the sum is scaled.
     """
-    distance = 1
-    while len(sums) > 1:
-        n = v.lanes
-        low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
-        high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
-        sums = [
-            v.builder.fadd(v.shuffle(a, b, low), v.shuffle(a, b, high))
-            for a, b in zip(sums[::2], sums[1::2], strict=True)
-        ]
-        distance *= 2
-    return sums[0]
+    v, builder, shape = tile.v, tile.builder, tile.shape
+    for line in range(0, together * shape.row_bytes, LINE):
+        tile.prefetch(ahead, line)
+    sums, a_vector = [v.constant(0.0)] * (rows * together), BYTES // GROUP
+    for key in range(together):
+        words = [tile.words(keys, key * shape.row_bytes, 0, w) for w in range(len(queries.sums[0]))]
+        for w, (scales, centers) in enumerate(words):
+            lowest = v.fma(scales, v.constant(-128.0), centers)
+            for r in range(rows):
+                sums[r * together + key] = v.fma(queries.sums[r][w], lowest, sums[r * together + key])
+        for n in range(shape.byte_vectors):
+            w, first = divmod(n * a_vector, shape.lanes)
+            scales = v.shuffle(
+                words[w][0], words[w][0], [first + lane * a_vector // shape.lanes for lane in range(v.lanes)]
+            )
+            codes = tile.read_bytes(keys, key * shape.row_bytes, n)
+            for r in range(rows):
+                found = v.integer_constant(0)
+                for digit in DIGITS:
+                    if digit:
+                        found = builder.shl(found, v.integer_constant(8))
+                    query = queries.vector(r, n * len(DIGITS) + digit)
+                    found = v.call("llvm.x86.avx512.vpdpbusd.512", v.integers, found, codes, query)
+                at = r * together + key
+                sums[at] = v.fma(builder.sitofp(found, v.vector), scales, sums[at])
+    return sums
 
 
 # --- weighted sums ---
@@ -273,7 +300,9 @@ def _grouped_columns(tile: Tile, rows, vectors, at, weights, row, values, count,
     loop = Loop(builder, count, 1, [*(v.load(codes_at, place) for place in places), *old_centers])
     _ask(tile, vectors, at, count, loop.index, ahead)
     source = builder.add(values, tile.times(loop.index, shape.row_bytes))
-    words = [tile.words(source, tile.times(tile.plus(first, p * shape.groups), 4), groups) for p in range(shape.parts)]
+    words = [
+        tile.words_from(source, tile.times(tile.plus(first, p * shape.groups), 4), groups) for p in range(shape.parts)
+    ]
     centers, left = [], builder.add(weights, tile.times(loop.index, v.bytes))
     for i, (r, p) in enumerate(each):
         if not p:

@@ -40,6 +40,16 @@ define <16 x bfloat> @brain(<16 x float> %a) {
   ret <16 x bfloat> %r
 }
 """
+BYTES_PROBE = """
+declare i32 @llvm.vector.reduce.add.v64i32(<64 x i32>)
+define i32 @bytes(<64 x i8> %a, <64 x i8> %b) {
+  %u = zext <64 x i8> %a to <64 x i32>
+  %s = sext <64 x i8> %b to <64 x i32>
+  %p = mul <64 x i32> %u, %s
+  %r = call i32 @llvm.vector.reduce.add.v64i32(<64 x i32> %p)
+  ret i32 %r
+}
+"""
 
 
 class Target(NamedTuple):
@@ -50,6 +60,7 @@ class Target(NamedTuple):
     tile_rows: int  # rows of the register tile; it is always three vectors wide
     half: bool  # converts float16 in hardware
     bfloat_dot: bool  # multiplies pairs of bfloat16 numbers (AVX512_BF16)
+    byte_dot: bool  # multiplies bytes four at a time (AVX512_VNNI)
 
     @property
     def vectors(self) -> str:
@@ -80,12 +91,13 @@ def target() -> Target:
     """Return the target's vectors, register tile and conversions, read once from what the compiler emits for it."""
     name = cpu_target.target_context.codegen().magic_tuple()[1]
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return Target(name, 16, 8, False, False)  # NEON: 32 registers, fused multiply-add always
+        return Target(name, 16, 8, False, False, False)  # NEON: 32 registers, fused multiply-add always
     machine = target_machine()
     code = _assembly(machine, PROBES)
     if "zmm" in code:
         bfloat_dot = "vcvtneps2bf16" in _assembly(machine, BFLOAT_PROBE)
-        return Target(name, 64, 8, "vcvtph2ps" in code, bfloat_dot)
+        byte_dot = "vpdpbusd" in _assembly(machine, BYTES_PROBE)
+        return Target(name, 64, 8, "vcvtph2ps" in code, bfloat_dot, byte_dot)
     if "vfmadd" in code:
-        return Target(name, 32, 4, "vcvtph2ps" in code, False)
-    return Target(name, 16, 4, False, False)
+        return Target(name, 32, 4, "vcvtph2ps" in code, False, False)
+    return Target(name, 16, 4, False, False, False)

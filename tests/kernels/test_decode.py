@@ -59,7 +59,7 @@ def test_dense_case_from_pages(case):
         np.testing.assert_array_equal(a, b)
 
 
-def problem(code, M=1, H=4, Hk=2, D=33, E=20, lengths=(700, 3, 513), page=64, seed=0):
+def problem(code, M=1, H=4, Hk=2, D=33, E=20, lengths=(SPLIT + 188, 3, SPLIT + 1), page=64, seed=0):
     rng = np.random.default_rng(seed)
     dtype = np.float64 if code == "float64" else np.float32
     B, N = len(lengths), max(lengths)
@@ -95,9 +95,12 @@ def test_caches_have_the_same_bits(code):
     """However long pages are, and whoever wrote them."""
     if code == "bfloat16":
         pytest.importorskip("ml_dtypes")
-    lengths, rng = [700, 3, 513], np.random.default_rng(0)
+    longest, rng = SPLIT + 188, np.random.default_rng(0)
+    lengths = [longest, 3, SPLIT + 1]
     dtype = np.float64 if code == "float64" else np.float32
-    q, k, v = (rng.standard_normal((3, *shape)).astype(dtype) for shape in ((4, 2, 33), (2, 700, 33), (2, 700, 20)))
+    q, k, v = (
+        rng.standard_normal((3, *shape)).astype(dtype) for shape in ((4, 2, 33), (2, longest, 33), (2, longest, 20))
+    )
     caches = [an.KVCache(3, 2, 33, 20, dtype=code)]
     caches += [an.PagedKVCache(3, 2, 33, 20, dtype=code, page=page) for page in (5, 64)]
     expected = an.decode(q, stored(k, v, lengths, code), mask=an.Causal(), return_lse=True)
@@ -122,14 +125,14 @@ def test_shared_beginnings_have_the_same_bits(code, page, M, H):
 
     cache = an.PagedKVCache(1, 2, 24, dtype=code, page=page)
     cache._pool.wipes = True
-    texts = [tokens(1100)]
+    texts = [tokens(2 * SPLIT + 76)]
     cache.append(*texts[0])
-    for source, own in ((0, 3), (0, 600), (1, 40), (0, 0), (2, 30), (2, 1), *[(0, 5)] * 9):
+    for source, own in ((0, 3), (0, SPLIT + 88), (1, 40), (0, 0), (2, 30), (2, 1), *[(0, 5)] * 9):
         new, more = cache.fork(source), tokens(own)
         assert new == len(texts)
         texts.append(np.concatenate([texts[source], more], axis=3))
         cache.append(*more, sequences=[new])
-    texts.append(tokens(700))  # and a stranger
+    texts.append(tokens(SPLIT + 188))  # and a stranger
     cache.reorder([*range(len(cache)), 0])
     cache.free(len(cache) - 1)
     cache.append(*texts[-1], sequences=[len(cache) - 1])
@@ -143,7 +146,7 @@ def test_shared_beginnings_have_the_same_bits(code, page, M, H):
     apart = stored(k, v, lengths, code, page)
     assert not apart.view().shared
     q = rng.standard_normal((len(texts), H, M, 24)).astype(dtype)
-    for mask in (an.Causal(), an.SlidingWindow(900, 0)):
+    for mask in (an.Causal(), an.SlidingWindow(SPLIT + 388, 0)):
         results = [an.decode(q, x, mask=mask, return_lse=True, return_weights=True) for x in (cache, apart)]
         for a, b in zip(*results, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -164,6 +167,31 @@ def test_short_queries(dtype):
     assert found.dtype == dtype
     expected = an.decode(q.astype(dtype).astype(np.float32), cache).astype(dtype)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("D", [1, 16, 100, 128, 272, 576])
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_queries_meet_codes(D, heads):
+    """Every width of rows, one to four query rows together, queries of any magnitude."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 1, 1, 70, D)).astype(np.float32)
+    cache = stored(k, v, [70], "int8")
+    k, v = (x.astype(float) for x in cache.arrays())
+    q = rng.standard_normal((1, heads, 1, D)).astype(np.float32)
+    for size in (1.0, 1e-20, 1e-28, 1e20):
+        found = an.decode(q * np.float32(size), cache, scale=D**-0.5 / size, return_lse=True)
+        expected = reference.attention(
+            (q * np.float32(size)).astype(float), k, v, scale=D**-0.5 / size, return_lse=True
+        )
+        np.testing.assert_allclose(found.out, expected.out, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(found.lse, expected.lse, rtol=2e-6)
+    q[0, 0] = 0
+    found = an.decode(q, cache)
+    np.testing.assert_allclose(found[0, 0, 0], v.mean(axis=2)[0, 0], atol=1e-6)
+    q[0, 0, 0, D // 2] = np.nan
+    found = an.decode(q, cache)
+    assert np.isnan(found[0, 0]).all()
+    assert np.isfinite(found[0, 1:]).all()
 
 
 def test_what_needs_plain_arrays():
@@ -190,14 +218,14 @@ def test_same_bits_for_any_threads_heads_and_rows():
 
 def test_hidden_keys_change_nothing_and_seen_nan_shows():
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 2, n, 24)).astype(np.float32) for n in (1, 600, 600))
-    mask = an.SlidingWindow(550, 0)
-    clean = an.decode(q, stored(k, v, [600]), mask=mask, return_lse=True)
+    q, k, v = (rng.standard_normal((1, 2, n, 24)).astype(np.float32) for n in (1, SPLIT + 88, SPLIT + 88))
+    mask = an.SlidingWindow(SPLIT + 38, 0)
+    clean = an.decode(q, stored(k, v, [SPLIT + 88]), mask=mask, return_lse=True)
     k[:, :, :49], v[:, :, :49] = np.inf, np.nan
-    for a, b in zip(clean, an.decode(q, stored(k, v, [600]), mask=mask, return_lse=True), strict=True):
+    for a, b in zip(clean, an.decode(q, stored(k, v, [SPLIT + 88]), mask=mask, return_lse=True), strict=True):
         np.testing.assert_array_equal(a, b)
     v[0, 1, 300, 5] = np.nan
-    found = an.decode(q, stored(k, v, [600]), mask=mask)
+    found = an.decode(q, stored(k, v, [SPLIT + 88]), mask=mask)
     assert np.argwhere(np.isnan(found)).tolist() == [[0, 1, 0, 5]]
 
 
