@@ -36,7 +36,7 @@ ALLOWED = {
     "layer_results": {"rules", "problem"},
     "multi_head": {"rules", "problem", "api", "files", "layer_results", "projections", "rotations"},
     "recurrent": {"rules", "problem", "api"},
-    "caches": {"rules", "problem", "files", "caches"},
+    "caches": {"rules", "problem", "files", "cpu", "caches"},
     "explain": {"rules", "problem", "api", "cpu", "reference"},
     "packing": {"rules", "problem"},
     "ragged": {"rules", "problem", "api", "packing", "cpu"},

@@ -13,7 +13,7 @@ from attn_numba.caches.pool import PARTS, Pool
 from attn_numba.caches.saved import KINDS, State, as_arrays, from_arrays
 from attn_numba.problem import host_array
 from attn_numba.rules.data import AnyArray
-from attn_numba.rules.storage import CacheView, codes_named
+from attn_numba.rules.storage import CacheView, Code, codes_named
 
 __all__ = ["Cache"]
 
@@ -98,7 +98,7 @@ class Cache:
         ends = begins + counts
         self._prepare(chosen, begins, ends)
         self._write(
-            chosen, begins, counts, {"keys": self._codes.keys.encode(k), "values": self._codes.values.encode(v)}
+            chosen, begins, counts, {"keys": _encoded(self._codes.keys, k), "values": _encoded(self._codes.values, v)}
         )
         self._lengths[chosen] = ends
         if self._freed:
@@ -326,13 +326,6 @@ class Cache:
             for n in range(first, end):
                 self._table[i, n] = pool.take()
 
-    def _encoded(self, k: AnyArray, v: AnyArray) -> dict[str, AnyArray]:
-        """Return keys and values as they are stored."""
-        keys, values = self._codes
-        if keys.bits and keys is values and k.shape == v.shape and k.dtype == v.dtype:  # integers take many steps
-            return dict(zip(PARTS, keys.encode(np.stack([k, v])), strict=True))
-        return {"keys": keys.encode(k), "values": values.encode(v)}
-
     def _write(self, chosen: AnyArray, begins: AnyArray, counts: AnyArray, rows: dict[str, AnyArray]) -> None:
         """Write the first tokens of rows (B, Hk, n, ...) of each sequence to their places."""
         page, pool = self._pool.page, self._pool
@@ -399,3 +392,12 @@ class Cache:
             needed = f"({sequences}, {self._key_heads}, n, {size})"
             raise ValueError(f"{name} has shape {array.shape}; needed {needed}: sequences, key heads, tokens, size")
         return array
+
+
+def _encoded(code: Code, x: AnyArray) -> AnyArray:
+    """Return rows as they are stored: integers, which take NumPy many steps, by compiled code."""
+    if not code.bits:
+        return code.encode(x)
+    from attn_numba.cpu.encode import encoded
+
+    return encoded(code, x)

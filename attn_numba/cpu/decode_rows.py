@@ -25,7 +25,7 @@ LEVELS = 2.0**21  # of a query's largest number: 4 products of a byte and such a
 LEAST = 2.0**-100  # a row without a number of this size counts as zeros
 
 
-def _rotated(v: Functions, numbers: list[ir.Value], size: int) -> list[ir.Value]:
+def rotated_vectors(v: Functions, numbers: list[ir.Value], size: int) -> list[ir.Value]:
     """Return a row in vectors as `rules.storage.rotated` does, with the same bits."""
     block, step, lanes = rotation(size), 1, range(v.lanes)
     while step < block:
@@ -56,7 +56,7 @@ def _emit_ready(function: ir.Function, shape: Shape) -> None:
     """Emit ready(source, to): a query's numbers, zeros beyond them in whole vectors, become a row for tiles."""
     tile = Tile(function, shape)
     v, (source, to) = tile.v, function.args
-    numbers = _rotated(v, [v.load(source, n * v.lanes * v.bytes) for n in range(shape.vectors)], shape.size)
+    numbers = rotated_vectors(v, [v.load(source, n * v.lanes * v.bytes) for n in range(shape.vectors)], shape.size)
     if shape.digits:
         numbers, unit = _write_digits(tile, numbers, to)
         v.store(v.splat(unit), to, shape.unit_at)
@@ -108,7 +108,7 @@ def _emit_finish(function: ir.Function, shape: Shape) -> None:
             x = v.builder.fadd(v.load(row, (p * shape.padded + n * v.lanes) * v.bytes), v.splat(center))
             v.store(x, joined, (p * shape.codes + n * v.lanes) * v.bytes)
     places = [n * v.lanes * v.bytes for n in range(math.ceil(shape.size / v.lanes))]
-    for place, x in zip(places, _rotated(v, [v.load(joined, n) for n in places], shape.size), strict=True):
+    for place, x in zip(places, rotated_vectors(v, [v.load(joined, n) for n in places], shape.size), strict=True):
         v.store(x, row, place)
     tile.builder.ret_void()
 
