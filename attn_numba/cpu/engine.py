@@ -95,10 +95,11 @@ def prepare(dtype: str, every: bool = False) -> None:
     plain = unit_of(dtype, False).name
     compile_worker(forward.WORKERS[plain, False, False])
     if every:
-        for workers in (forward.WORKERS, whole_rows.WORKERS):
-            for key, worker in workers.items():
-                if key[0] in (plain, unit_of(dtype, True).name):
-                    compile_worker(worker)
+        exact = unit_of(dtype, True).name
+        for key, worker in forward.WORKERS.items():
+            if key[0] in (plain, exact):
+                compile_worker(worker)
+        compile_worker(whole_rows.WORKERS[exact])
 
 
 def _widened(problem: Problem) -> Problem:
@@ -149,7 +150,7 @@ def _look_at_rows(
         bound = bind(problem)
         unit = unit_of(problem.dtype, True)
         plan = plan_of_whole_rows(unit, sizes, threads, in_place(problem, unit))
-        worker = compile_worker(whole_rows.WORKERS[unit.name, out is None])
+        worker = compile_worker(whole_rows.WORKERS[unit.name])
         sink = sink_of(problem)
         hidden = None if problem.score.dots else np.ascontiguousarray(problem.score.w, problem.accumulator)
         parts = None

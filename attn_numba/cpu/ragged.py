@@ -88,7 +88,7 @@ def attention(
         if tiled:
             worker = compile_worker(forward.WORKERS[unit.name, bound.run_count > 0, False])
         else:
-            worker = compile_worker(whole_rows.WORKERS[unit.name, False])
+            worker = compile_worker(whole_rows.WORKERS[unit.name])
         rows = None if lse is None else np.empty(lse.shape[1] * lse.shape[2], inner.accumulator)
         if parts:
             _run(team, threads, worker, inner, bound, parts, result, rows)

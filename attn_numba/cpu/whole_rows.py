@@ -8,7 +8,8 @@ each score is computed once, in memory that grows with N and not with M times N.
 Sums are in the order that `forward.py` tells of, so that here too a key left out changes no bit.
 
 The functions below run in compiled workers and check nothing. `unit` says what is multiplied, see `tiles.py`; pairs
-do not occur. Who asks for what: `out`, `lse`, `weights`, `entropy`, `top_keys`, `sums` are addresses, 0 where not.
+do not occur. Who asks for what: `out`, `lse`, `weights`, `entropy`, `top_keys`, `sums` are addresses, 0 where not;
+without `out`, no value is looked at.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from attn_numba.cpu.tiles import (
 
 
 @inlined
-def _pack(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit, explain):
+def _pack(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit):
     """Mark what each group sees of all keys, and pack these; return the number of keys with values not finite."""
     lanes, word = vector_length(unit), word_bytes(unit)
     most = call.key_tile // lanes
@@ -61,9 +62,9 @@ def _pack(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit, exp
                 first = j0 + n * lanes
                 packed = space + call.keys_at + tile * call.keys_bytes + n * lanes * word
                 pack_keys(call, space, packed, keys, first, unit)
-                if explain is None:
+                if call.out:
                     special = find_special(call, space, values, first, min(first + lanes, j1), first, special, unit)
-    if explain is None and (special or not call.values_in_place):
+    if call.out and (special or not call.values_in_place):
         for j0 in range(0, call.N, lanes):
             tile = j0 // call.key_tile
             union = space + call.marks_at + (tile * (groups + 1) + groups) * most
@@ -205,7 +206,7 @@ def _explain_group(call, space, runs, listed, block, b, h, i0, rows, unit):
 
 
 @inlined
-def _attend(call, space, item, unit, explain):
+def _attend(call, space, item, unit):
     block, b, hk, part = place(call, item)
     served = call.H // call.Hk
     h0 = hk * served + part * call.set_heads
@@ -217,54 +218,37 @@ def _attend(call, space, item, unit, explain):
     values = call.v + b * call.v_b + hk * call.v_h
     for n in range(0, 64, 8):  # nothing to read ahead
         store_word(space + call.ahead_at + n, 0)
-    special = _pack(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit, explain)
+    special = _pack(call, space, b, hk, h0, groups, head_groups, i_first, i_end, unit)
     for g in range(groups):
         h, i0 = h0 + g // head_groups, i_first + g % head_groups * call.group_rows
         rows = min(call.group_rows, i_end - i0)
         load_queries(call, space, b, h, 1, 1, i0, i0 + rows, unit)
         listed = _fill(call, space, b, h, g, groups, i0, rows, unit)
         runs = space + call.runs_at
-        if explain is None:
+        if call.out:
             _attend_group(call, space, values, runs, listed, b, h, i0, rows, special, unit)
         else:
             _explain_group(call, space, runs, listed, block, b, h, i0, rows, unit)
 
 
-# As in `forward.py`: what the others need is pruned where `explain` is None or not.
-YES = 1
-
-
 @inlined
-def _work(state, number, unit, explain):
+def _work(state, number, unit):
     call = call_of(state)
     space = call.workspace + number * call.workspace_bytes
     while True:
         item = claim(state)
         if item >= call.items:
             return
-        _attend(call, space, item, unit, explain)
+        _attend(call, space, item, unit)
 
 
 def _whole_rows_float32(state, number):
-    _work(state, number, np.float32(0), None)
-
-
-def _explained_rows_float32(state, number):
-    _work(state, number, np.float32(0), YES)
+    _work(state, number, np.float32(0))
 
 
 def _whole_rows_float64(state, number):
-    _work(state, number, np.float64(0), None)
+    _work(state, number, np.float64(0))
 
 
-def _explained_rows_float64(state, number):
-    _work(state, number, np.float64(0), YES)
-
-
-# (unit, explained) -> worker
-WORKERS = {
-    ("float32", False): _whole_rows_float32,
-    ("float32", True): _explained_rows_float32,
-    ("float64", False): _whole_rows_float64,
-    ("float64", True): _explained_rows_float64,
-}
+# of each unit
+WORKERS = {"float32": _whole_rows_float32, "float64": _whole_rows_float64}
