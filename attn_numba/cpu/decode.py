@@ -55,7 +55,11 @@ FAST_BYTES = 32768  # if memory goes on for as long
 def _place(call, item):
     """Return team, its members, split, key head and block of rows of an item."""
     heads = call.Hk * call.row_blocks
-    index, rest = item // heads, item % heads
+    if call.by_head:
+        count = call.items // heads
+        rest, index = item // count, item % count
+    else:
+        index, rest = item // heads, item % heads
     hk, block = rest // call.row_blocks, rest % call.row_blocks
     if call.teams:
         at = call.teams + 24 * index
@@ -356,7 +360,9 @@ def _part_of(call, b, split, hk, block):
     if call.teams:
         row = load_word(call.place_of + 8 * index) * call.rows
         index = load_word(call.team_of + 8 * index)
-    return call.parts + ((index * call.Hk + hk) * call.row_blocks + block) * call.part_bytes, row
+    heads, rest = call.Hk * call.row_blocks, hk * call.row_blocks + block
+    item = rest * (call.items // heads) + index if call.by_head else index * heads + rest
+    return call.parts + item * call.part_bytes, row
 
 
 @compiled

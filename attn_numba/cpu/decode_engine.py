@@ -141,12 +141,14 @@ def run(problem: Problem, view: Any, out: np.ndarray, lse: np.ndarray | None, we
         arrived = np.zeros(sizes.B * plan.heads, np.int64)
         sink = sink_of(problem)
         space = borrow(threads * plan.workspace_bytes + items * plan.part_bytes)
+        # Items that follow each other read memory that does: of a head in one piece, of all heads in a short page.
         call = Call(
             bound.factor, items, space.parts, space.parts + threads * plan.workspace_bytes, address(arrived),
             address(problem.q), *problem.q.strides, address(result), *result.strides, address(lse), address(weights),
             address(sink), *bound.hooks[:3], bound.address, address(view.lengths), address(starts), address(view.keys),
             address(view.values), view.keys.shape[1], view.page, view.key_token, view.key_head, view.value_token,
-            view.value_head, sizes.B, sizes.N, *((0,) * 4 if teams is None else map(address, teams)),
+            view.value_head, sizes.B, sizes.N, view.page >= SPLIT,
+            *((0,) * 4 if teams is None else map(address, teams)),
         )  # fmt: skip
         space.write_record(state_block(call, plan.layout))
         team.run(worker, space.state, threads)

@@ -54,6 +54,7 @@ class Call(NamedTuple):
     value_head: int
     B: int
     N: int
+    by_head: int  # whether items of a head follow each other, else those of all heads with the same keys
     teams: int  # int64 (teams, 3): split, first of `members`, their number; 0: each sequence is one of its own
     members: int  # int64: sequences, team by team
     team_of: int  # int64 (splits of all sequences,): the team, and the place in it
