@@ -12,13 +12,14 @@ from attn_numba.rules.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
 
 def dropout_parameters(dropout, sizes) -> list:
-    """Return the hook's four parameters.
+    """Return the hook's six parameters.
 
-    They are the key words (B, 2), whether b counts, the last word that is dropped, and ``1 / (1 - rate)``.
+    They are the key words (B, 2), whether b counts, the last word that is dropped, ``1 / (1 - rate)``, and what is
+    counted from: a sequence and a head.
     """
     keys = dropout.keys(sizes).view(np.int32)
     last = np.uint32(dropout.threshold - 1).view(np.int32)
-    return [keys, 0 if dropout.by_sequence else 1, int(last), 1.0 / (1.0 - dropout.rate)]
+    return [keys, 0 if dropout.by_sequence else 1, int(last), 1.0 / (1.0 - dropout.rate), *dropout.first]
 
 
 def _integers(lanes: int, kind: ir.Type = I32) -> ir.Type:
@@ -76,8 +77,9 @@ def emit_dropout(module: ir.Module, name: str, number: ir.Type, params: list, fi
         v.value(Node("load", (Node("symbol", kind="int", data="b"), Node("const", kind="int", data=n)), "int", keys))
         for n in (0, 1)
     ]
-    counts_b, last, scale = (
-        v.value(Node("number", kind=kind, data=first_param + n)) for n, kind in ((1, "int"), (2, "int"), (3, "float"))
+    kinds = ("int", "int", "float", "int", "int")
+    counts_b, last, scale, first_b, first_h = (
+        v.value(Node("number", kind=kind, data=first_param + n)) for n, kind in enumerate(kinds, start=1)
     )
     size = 8 if number == DOUBLE else 4
     position = builder.add(hook.small(j0), k_offset)
@@ -88,7 +90,8 @@ def emit_dropout(module: ir.Module, name: str, number: ir.Type, params: list, fi
     row = Loop(builder, rows, 1, [])
     i = builder.add(hook.small(builder.add(i0, row.index)), q_offset)
     start = builder.add(weights, builder.mul(builder.mul(row.index, length), ir.Constant(I64, size)))
-    fixed = [v.splat(x) for x in (builder.mul(b, counts_b), h, i)]
+    sequence, head = builder.add(builder.mul(b, counts_b), first_b), builder.add(h, first_h)
+    fixed = [v.splat(x) for x in (sequence, head, i)]
     block = Loop(builder, builder.add(columns, shift), 4 * lanes, [])
     first = builder.add(counter, hook.small(builder.lshr(block.index, ir.Constant(I64, 2))))
     words = _in_key_order(v, _philox(v, [*fixed, builder.add(v.splat(first), lane)], key))

@@ -167,10 +167,14 @@ def _entries(params: list[Any], number: np.dtype[Any]) -> tuple[Any, ...]:
 
 
 def _dropout_parameters(dropout: Dropout, sizes: Sizes) -> list[Any]:
-    """Return the key words (B, 2), whether b counts, the last word that is dropped, and ``1 / (1 - rate)``."""
+    """Return the hook's six parameters.
+
+    They are the key words (B, 2), whether b counts, the last word that is dropped, ``1 / (1 - rate)``, and what is
+    counted from: a sequence and a head.
+    """
     keys = dropout.keys(sizes).view(np.int32)
     last = np.uint32(dropout.threshold - 1).view(np.int32)
-    return [keys, 0 if dropout.by_sequence else 1, int(last), 1.0 / (1.0 - dropout.rate)]
+    return [keys, 0 if dropout.by_sequence else 1, int(last), 1.0 / (1.0 - dropout.rate), *dropout.first]
 
 
 # --- formulas as text ---
@@ -350,7 +354,7 @@ def answer(bits):
 
 WORDS = f"""
 def words(b, h, row_i, group, f, p):
-    c0, c1 = unsigned(int32(b * p[COUNTS])), unsigned(int32(h))
+    c0, c1 = unsigned(int32(b * p[COUNTS] + p[SEQUENCE])), unsigned(int32(h + p[HEAD]))
     c2, c3 = unsigned(int32(row_i + f[0])), unsigned(int32(group))
     k0, k1 = unsigned(f[LOW]), unsigned(f[HIGH])
     for _ in range({ROUNDS}):
@@ -411,7 +415,8 @@ def _source(formulas: Formulas, slopes: Derivatives | None, params: list[Any], f
     if first_drop is not None:
         keys = Array(first_drop, np.dtype(np.int32), 2)
         low, high = (fixed.place(Node("load", (b, lift(n)), "int", keys)) for n in (0, 1))
-        at = dict(zip(("COUNTS", "LAST", "FACTOR"), _layout(params)[first_drop + 1 :], strict=True))
+        names = ("COUNTS", "LAST", "FACTOR", "SEQUENCE", "HEAD")
+        at = dict(zip(names, _layout(params)[first_drop + 1 :], strict=True))
         text = WORDS
         for word, n in {"LOW": low, "HIGH": high, **at}.items():
             text = text.replace(f"[{word}]", f"[{n}]")

@@ -79,7 +79,7 @@ class Rule:
             arguments = leaf.arguments(sizes)
             if empty:
                 continue
-            ranges = _ranges(sizes, query_offset, key_offset)
+            ranges = ranges_of(sizes, query_offset, key_offset)
             leaf._check_places(ranges)
             binder = Binder()
             for formula in leaf._formulas(binder.bind(arguments)):
@@ -93,8 +93,8 @@ class Rule:
         """Check what a rule demands of the places themselves."""
 
 
-def _ranges(sizes: Sizes, query_offset: Any, key_offset: Any) -> dict[str, tuple[int, int]]:
-    """First and last value of each symbol in a call, and of the ends of its tiles."""
+def ranges_of(sizes: Sizes, query_offset: Any, key_offset: Any) -> dict[str, tuple[int, int]]:
+    """Return first and last value of each symbol in a call, and of the ends of its tiles."""
     ranges = {"b": (0, sizes.B - 1), "h": (0, sizes.H - 1)}
     for name, length, offset in (("i", sizes.M, query_offset), ("j", sizes.N, key_offset)):
         first, last = int(np.min(offset)), int(np.max(offset)) + length - 1

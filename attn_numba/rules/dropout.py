@@ -47,6 +47,7 @@ class Dropout:
     seed: Any
     positional: ClassVar[bool] = True
     uses_positions: ClassVar[bool] = True
+    first: ClassVar[tuple[int, int]] = (0, 0)  # sequence and query head that b = 0 and h = 0 stand for
 
     def __post_init__(self) -> None:
         rate = real_number("Dropout", "rate", self.rate)
@@ -92,12 +93,39 @@ class Dropout:
         result = np.empty((sizes.B, sizes.H, sizes.M, sizes.N), np.bool_)
         if result.size == 0:
             return result
-        heads = np.arange(sizes.H)[:, None, None]
+        first_b, first_h = self.first
+        heads = first_h + np.arange(sizes.H)[:, None, None]
         for b, key in enumerate(self.keys(sizes)):
             i, j = (np.broadcast_to(x, (sizes.B, *x.shape[1:]))[b].ravel() for x in (places.i, places.j))
             first = j.min() // 4
             groups = np.arange(first, j.max() // 4 + 1)
-            counter = (0 if self.by_sequence else b, heads, i[None, :, None], groups[None, None, :])
+            counter = (0 if self.by_sequence else first_b + b, heads, i[None, :, None], groups[None, None, :])
             words = np.stack(philox4x32(counter, key), axis=-1)  # (H, M, groups, 4)
             result[b] = words[:, :, j // 4 - first, j % 4] >= self.threshold
         return result
+
+
+@dataclass(frozen=True, eq=False)
+class DropoutPart(Dropout):
+    """What a dropout does in a part of a call: there b and h count from the part's first sequence and query head.
+
+    Parameters
+    ----------
+    rate : float
+        As of the whole.
+    seed : int or int array
+        As of the whole; of seeds for each sequence, those of the part.
+    first_sequence, first_head : int
+        Sequence and query head of the whole that b = 0 and h = 0 stand for.
+
+    References
+    ----------
+    Ours: the counter of `Dropout`, counted from elsewhere.
+    """
+
+    first_sequence: int = 0
+    first_head: int = 0
+
+    @property
+    def first(self) -> tuple[int, int]:  # type: ignore[override]
+        return 0 if self.by_sequence else self.first_sequence, self.first_head

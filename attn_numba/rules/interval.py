@@ -275,6 +275,29 @@ def _remainder(a: tuple[Node, Node], b: tuple[Node, Node]) -> Bounds:
     return select(same, a[0] % b[0], least), select(same, a[1] % b[0], most)
 
 
+def reader_over(ranges: Mapping[str, tuple[int, int]], params: list[Param]) -> Reader:
+    """Return a reader of bounds over a whole problem, in which an array lies between its least and greatest element.
+
+    Parameters
+    ----------
+    ranges : dict of str to (int, int)
+        First and last value of each symbol.
+    params : list
+        The parameters, as `Binder.params` holds them; they may still be appended to.
+    """
+
+    def whole(load: Node, _: tuple[Bounds, ...]) -> Bounds:
+        array = np.asarray(params[load.data.n])
+        array = array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
+        return Node("const", kind=load.kind, data=array.min()), Node("const", kind=load.kind, data=array.max())
+
+    def constants(low: int, high: int) -> Bounds:
+        first = Node("const", kind="int", data=np.int64(low))
+        return first, first if low == high else Node("const", kind="int", data=np.int64(high))
+
+    return Reader({key: constants(*ends) for key, ends in ranges.items()}, whole)
+
+
 def check(formula: Node, ranges: Mapping[str, tuple[int, int]], params: list[Param], name: str) -> None:
     """Check that no index of a formula leaves its array, no divisor is zero and no integer exceeds 32 bits.
 
@@ -294,16 +317,7 @@ def check(formula: Node, ranges: Mapping[str, tuple[int, int]], params: list[Par
     ValueError
         If one of these can happen, as far as the bounds tell.
     """
-
-    def whole(load: Node, _: tuple[Bounds, ...]) -> Bounds:
-        array = np.asarray(params[load.data.n])
-        return Node("const", kind=load.kind, data=array.min()), Node("const", kind=load.kind, data=array.max())
-
-    def constants(low: int, high: int) -> Bounds:
-        first = Node("const", kind="int", data=np.int64(low))
-        return first, first if low == high else Node("const", kind="int", data=np.int64(high))
-
-    reader = Reader({key: constants(*ends) for key, ends in ranges.items()}, whole)
+    reader = reader_over(ranges, params)
     done: set[int] = set()
 
     def ends_of(x: Node) -> tuple[int, int]:
