@@ -48,6 +48,7 @@ from attn_numba.rules import (
     as_modifiers,
     places_of,
 )
+from attn_numba.rules.dropout import DropoutPart
 
 
 def no_rules(rng: np.random.Generator, z: Sizes) -> dict[str, Any]:
@@ -484,6 +485,7 @@ def options() -> Iterator[Case]:
     yield Case("dropout, rate 0", sized(), with_(dropout=Dropout(0.0, 5), query_offset=0))
     yield Case("dropout, seed by sequence", square(), with_(dropout=Dropout(0.5, [2**40 + 7, 3])))
     yield Case("dropout, wide seed", square(), with_(dropout=Dropout(0.9, 2**64 - 1)))
+    yield Case("dropout, part of a call", square(), with_(dropout=DropoutPart(0.4, 99, first_sequence=5, first_head=3)))
     yield Case(
         "dropout, offsets",
         sized(),

@@ -339,7 +339,8 @@ def one_row(q, k, v, z, kwargs, b, h, row):
             i, j = row + per_sequence(query_offset), col + per_sequence(key_offset)
             by_sequence = isinstance(dropout.seed, np.ndarray)
             seed = int(dropout.seed[b]) if by_sequence else dropout.seed
-            word = philox_word(seed, (0 if by_sequence else b, h, i, j // 4))[j % 4]
+            first_b, first_h = dropout.first
+            word = philox_word(seed, (0 if by_sequence else first_b + b, first_h + h, i, j // 4))[j % 4]
             used = 0.0 if word < dropout.rate * 2**32 else used / (1 - dropout.rate)
         for e in range(z.E):
             out[e].append(used * float(v[b, head, col, e]))
