@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         top_keys as top_keys,
         weights_of as weights_of,
     )
+    from attn_numba.integrations import dask as dask
     from attn_numba.integrations.sklearn import (
         AttentionClassifier as AttentionClassifier,
         AttentionRegressor as AttentionRegressor,
@@ -117,6 +118,7 @@ _OPTIONAL = {  # of libraries that may not be installed, so no part of `__all__`
     "search": "integrations.sklearn",
 }
 _MODULES = ("learning", "reference", "rules", "sequences", "testing")
+_EXTRAS = {"dask": "integrations.dask"}  # modules of a library that may not be installed, each by its extra
 
 __all__ = [*_HOME_OF, "reference", "sequences"]
 
@@ -126,10 +128,22 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"attn_numba.{home}"), name)
     elif name in _MODULES:
         value = importlib.import_module(f"attn_numba.{name}")
+    elif name in _EXTRAS:
+        value = _extra(name)
     else:
         raise AttributeError(f"module 'attn_numba' has no attribute {name!r}")
     globals()[name] = value  # found once, an attribute ever after
     return value
+
+
+def _extra(name: str) -> Any:
+    try:
+        return importlib.import_module(f"attn_numba.{_EXTRAS[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("attn_numba"):
+            raise
+        cure = f"pip install 'attn-numba[{name}]'"
+        raise ModuleNotFoundError(f"attn_numba.{name} needs {error.name}: {cure}", name=error.name) from error
 
 
 def __dir__() -> list[str]:
