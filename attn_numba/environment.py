@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+from attn_numba.cluster import file_system, ranks
 from attn_numba.parallel import thread_count
 from attn_numba.profiles import in_use
 from attn_numba.rules.arguments import ANY_DTYPE, DTYPES
@@ -101,18 +102,20 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
     Returns
     -------
     dict of str to dict of str to (value, str)
-        Sections "versions", "processor", "threads", "cache", "profile" (of kernels, see `use_profile`), "backends" and
-        "gpu": the card, what compiles for it, and for each dtype the kernel that serves plain calls of it and why not
-        those that are asked before.
+        Sections "versions", "processor", "threads", "ranks" (which of those that a launcher started, and the MPI
+        library), "cache" (the folder of compiled code, and its file system), "profile" (of kernels, see `use_profile`),
+        "backends" and "gpu": the card, what compiles for it, and for each dtype the kernel that serves plain calls of
+        it and why not those that are asked before.
 
     Examples
     --------
     >>> import attn_numba as an
     >>> sorted(an.config_report())
-    ['backends', 'cache', 'gpu', 'processor', 'profile', 'threads', 'versions']
+    ['backends', 'cache', 'gpu', 'processor', 'profile', 'ranks', 'threads', 'versions']
     """
     report: dict[str, dict[str, tuple[Any, str]]] = {"versions": _versions(), "threads": {"count": thread_count()}}
     available = backends()
+    report["ranks"] = ranks()
     report["backends"] = {name: (yes, reason) for name, (yes, reason) in available.items()}
     report["processor"] = {"machine": (platform.machine(), "platform")}
     report["cache"], report["profile"] = {}, {}
@@ -130,7 +133,8 @@ def config_report() -> dict[str, dict[str, tuple[Any, str]]]:
             "dot product of bytes": (found.byte_dot, "what the compiler emits for it"),
             "float16 conversion": (found.half, "what the compiler emits for it"),
         }
-        report["cache"]["folder"] = cache_folder()
+        folder, reason = cache_folder()
+        report["cache"] = {"folder": (folder, reason), **(file_system(folder) if folder else {})}
         report["profile"] = in_use()
     report["gpu"] = {}
     if available["cuda"][0]:
@@ -147,7 +151,7 @@ def _versions() -> dict[str, tuple[Any, str]]:
         "attn_numba": (attn_numba.__version__, os.path.dirname(attn_numba.__file__)),
         "python": (platform.python_version(), sys.executable),
     }
-    for name in ("numpy", "numba", "llvmlite", "scipy", "numba-cuda", "cuda-core"):
+    for name in ("numpy", "numba", "llvmlite", "scipy", "numba-cuda", "cuda-core", "mpi4py", "dask"):
         try:
             found[name] = (importlib.metadata.version(name), "installed package")
         except importlib.metadata.PackageNotFoundError:

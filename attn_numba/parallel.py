@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,21 +86,35 @@ def set_threads(n: int | None) -> None:
 
 
 def thread_count() -> tuple[int, str]:
-    """Return how many threads a call made here and now uses, and where the number comes from."""
+    """Return how many threads a call made here and now uses, and where the number comes from.
+
+    That is the number of `threads`, else of `set_threads`, else of the environment, else 1 in a task of Dask or joblib,
+    for then tasks are what the cores are shared between; else what this process may use of the machine.
+    """
     count = getattr(_local, "count", None)
     if count is not None:
         return count, "attn_numba.threads"
     if _default is not None:
         return _default, "attn_numba.set_threads"
-    return _from_environment()
+    told = _from_environment()
+    if told is not None:
+        return told
+    cores = _from_machine()
+    task = _task() if cores[0] > 1 else None
+    return cores if task is None else (1, task)
 
 
 @functools.cache
-def _from_environment() -> tuple[int, str]:
+def _from_environment() -> tuple[int, str] | None:
     for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):  # job scripts and Dask set the second, which Numba ignores
         first = os.environ.get(name, "").split(",")[0].strip()
         if first.isdigit() and int(first) > 0:
             return int(first), name
+    return None
+
+
+@functools.cache
+def _from_machine() -> tuple[int, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota()
     if quota < cores:
@@ -114,3 +129,35 @@ def _cgroup_quota() -> float:
         return math.inf if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return math.inf
+
+
+def _task() -> str | None:
+    """Return what kind of task this thread is in the middle of, if any.
+
+    Nothing is imported: who runs a task has loaded the library that does.
+    """
+    if _is_on_a_worker_of_dask() or _is_in_a_task_of_a_local_scheduler():
+        return "a task of Dask"
+    backend = getattr(sys.modules.get("joblib.parallel"), "get_active_backend", None)
+    if backend is not None and backend()[0].nesting_level:
+        return "a worker of joblib"
+    return None
+
+
+def _is_on_a_worker_of_dask() -> bool:
+    get_worker = getattr(sys.modules.get("distributed.worker"), "get_worker", None)
+    try:
+        return get_worker is not None and get_worker() is not None
+    except ValueError:  # no worker
+        return False
+
+
+def _is_in_a_task_of_a_local_scheduler() -> bool:
+    """Whether Dask's own threads or processes called: they leave no mark but their function among the callers."""
+    run = getattr(sys.modules.get("dask.local"), "execute_task", None)
+    if run is None:
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not run.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
