@@ -44,12 +44,23 @@ def attention(
     """
     inner = prepared(problem)
     result = out if inner.dtype == problem.dtype else np.empty(out.shape, inner.q.dtype)
-    if streams(inner):
-        _stream(inner, result, lse, weights, row_facts)
-    else:
-        _look_at_rows(inner, range(inner.sizes.M), out=result, lse=lse, weights=weights, row_facts=row_facts)
+    attention_of_prepared(inner, result, lse, weights, row_facts)
     if result is not out:
         out[...] = result
+
+
+def attention_of_prepared(
+    inner: Problem,
+    out: np.ndarray,
+    lse: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    row_facts: np.ndarray | None = None,
+) -> None:
+    """Do the same for a call, or a part of one, as `prepared` returns it, into an `out` of its dtype."""
+    if streams(inner):
+        _stream(inner, out, lse, weights, row_facts)
+    else:
+        _look_at_rows(inner, range(inner.sizes.M), out=out, lse=lse, weights=weights, row_facts=row_facts)
 
 
 def explain(

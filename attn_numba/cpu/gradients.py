@@ -44,6 +44,17 @@ class Sums(NamedTuple):
     array: np.ndarray  # four axes, (B, H, M, N), those that the array has no elements along of size 1
 
 
+class Found(NamedTuple):
+    """Gradients of a call, or of a part of its keys."""
+
+    q: np.ndarray  # by mapped q
+    k: np.ndarray  # by mapped k
+    v: np.ndarray
+    hidden: dict[str, np.ndarray]  # by the hidden weights of `Additive`, by their name
+    row_sums: np.ndarray  # (B, H, M, TERMS): of weights, and of gradients by scores times `scale`
+    scale: float
+
+
 def attention_vjp(
     problem: Problem, dout: np.ndarray, saved: tuple[np.ndarray, np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Learned]:
@@ -139,6 +150,40 @@ def _largest(lse: np.ndarray) -> float:
 def _run(
     problem: Problem, dout: np.ndarray, out: np.ndarray, facts: np.ndarray | None, saved: Any, learned: Learned
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    delta = np.einsum("bhme,bhme->bhm", dout, out)
+    lse = saved[1].astype(np.float64) if facts is None else facts[..., LSE]
+    found = gradients_of_prepared(problem, dout, lse, delta, learned, facts)
+    if saved is not None:
+        require_consistent(problem, lse, found.row_sums, dout, out, delta, found.scale)
+    learned.add(problem.normalizer, sink_gradient(problem, lse, delta, found.row_sums))
+    return found.q, found.k, found.v, found.hidden
+
+
+def gradients_of_prepared(
+    problem: Problem, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray, learned: Learned,
+    facts: np.ndarray | None = None,
+) -> Found:  # fmt: skip
+    """Return gradients of a call as `engine.prepared` returns it; if of `Softmax`, it may be a part of the keys.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call or the part, in a dtype of accumulators.
+    dout : array (B, H, M, E)
+        Gradient by the output.
+    lse : float64 array (B, H, M)
+        Of the whole call, its sink included.
+    delta : array (B, H, M)
+        ``sum_e dout * out``, of the whole call.
+    learned : Learned
+        Where gradients by arrays of modifiers go. That by the sink does not, see `sink_gradient`.
+    facts : float64 array (B, H, M, ROW_FACTS), optional
+        What `engine.attention` tells of the rows; made of the lse if it is not given.
+
+    Returns
+    -------
+    Found
+    """
     sizes, number = problem.sizes, problem.accumulator
     B, H, Hk, M, N, D, E = sizes
     threads = thread_count()[0] if multiply_adds(sizes) > SMALL else 1
@@ -149,9 +194,8 @@ def _run(
         choice = chosen(BACKWARD, problem.dtype, sizes, threads, bound.kind)
         plan = plan_of_backward(unit, sizes, threads, bool(sums), choice)
         worker = compile_worker(backward.WORKERS[unit.name, not streams(problem)])
-        delta = np.einsum("bhme,bhme->bhm", dout, out)
         if facts is None:
-            facts = _facts_of(saved[1].astype(np.float64), bound, number)
+            facts = _facts_of(lse, bound, number)
         rows = _row_numbers(problem, bound, facts, delta)
         dq = np.zeros((B, H, up(M, TILE_ROWS), plan.depth), number)
         dk, dv = np.zeros((B, Hk, N, D), number), np.zeros((B, Hk, N, E), number)
@@ -163,19 +207,23 @@ def _run(
             slopes, products = np.moveaxis(work.run(sums_only=True), -1, 0)
             rows[..., MEAN] = np.where(slopes == 0, 0, products / slopes) * work.scale
         row_sums = work.run()
-    if saved is not None:
-        _require_consistent(problem, facts[..., LSE], row_sums, dout, out, delta, work.scale)
     for part in sums:
         learned.add(part.rule, {part.name: _gathered(part)})
-    if isinstance(problem.normalizer, Softmax) and problem.normalizer.sink is not None:
-        of_sink = np.exp(problem.normalizer.sink_array(sizes)[..., None] - facts[..., LSE])
-        unseen = row_sums[..., 0] == 0  # a row that sees no key may have any dout
-        by_head = 0 - np.where(unseen, 0, of_sink * delta).sum(axis=2, dtype=np.float64)
-        learned.add(problem.normalizer, {"sink": gathered(by_head, problem.normalizer.sink.shape)})
     hidden = {}
     if hidden_sums is not None:
         hidden["w"] = gathered(hidden_sums.sum(axis=(0, 2), dtype=np.float64), problem.score.w.shape)
-    return np.ascontiguousarray(dq[:, :, :M, :D]), dk, dv, hidden
+    return Found(np.ascontiguousarray(dq[:, :, :M, :D]), dk, dv, hidden, row_sums, work.scale)
+
+
+def sink_gradient(problem: Problem, lse: np.ndarray, delta: np.ndarray, row_sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the gradient by the sink, by its name, if the call has one; what is given is of the whole call."""
+    sink = getattr(problem.normalizer, "sink", None)
+    if sink is None:
+        return {}
+    of_sink = np.exp(problem.normalizer.sink_array(problem.sizes)[..., None] - lse)
+    unseen = row_sums[..., 0] == 0  # a row that sees no key may have any dout
+    by_head = 0 - np.where(unseen, 0, of_sink * delta).sum(axis=2, dtype=np.float64)
+    return {"sink": gathered(by_head, sink.shape)}
 
 
 class _Work:
@@ -278,7 +326,7 @@ def _gathered(part: Sums) -> np.ndarray:
     return gathered(sums, shape)
 
 
-def _require_consistent(
+def require_consistent(
     problem: Problem, lse: np.ndarray, row_sums: np.ndarray, dout: np.ndarray, out: np.ndarray, delta: np.ndarray,
     scale: float,
 ) -> None:  # fmt: skip

@@ -20,6 +20,7 @@ COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 LOGICAL = ("&", "|", "~")
 REAL = ("/", "exp", "log", "tanh", "sqrt")
 INT_LOW, INT_HIGH = -(2**31), 2**31 - 1
+QUERY_LEVELS = 8  # of range tables along queries: exact for up to 127 rows; kernels ask for up to 64 together
 TABLE_LIMIT = 2**27  # bytes of range tables, 2 log2(N) times the size of their array; larger ones are not made
 
 UFUNCS = {
@@ -350,9 +351,12 @@ class Binder:
     ----------
     params : list
         Python ints, Python floats and NumPy arrays, in the order bound.
+    query_levels : int or None
+        Levels of range tables along queries at most; None for all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, query_levels: int | None = QUERY_LEVELS) -> None:
+        self.query_levels = query_levels
         self.params: list[Param] = []
         self._bound: dict[tuple[Any, ...], Array] = {}
         self._tables: dict[tuple[int, int | None], tuple[Array, Array]] = {}

@@ -35,7 +35,6 @@ Bounds: TypeAlias = "tuple[Node | None, Node | None]"
 
 UNKNOWN: Bounds = (None, None)
 EITHER: Bounds = (lift(False), lift(True))
-QUERY_LEVELS = 8  # of range tables along queries: exact for up to 127 rows; kernels ask for up to 64 together
 TILE = {name: (symbol(f"{name}0"), symbol(f"{name}1") - 1) for name in ("i", "j", "row_i", "row_j")}
 
 
@@ -60,7 +59,7 @@ def interval(formula: Node, binder: Binder | None = None) -> Bounds:
     def row(load: Node, indices: tuple[Bounds, ...]) -> Bounds:
         last = load.args[-1]
         if binder is not None and last.op == "symbol" and last.data in TILE and all(_is_point(x) for x in indices[:-1]):
-            levels = QUERY_LEVELS if last.data[-1] == "i" else None
+            levels = binder.query_levels if last.data[-1] == "i" else None
             return binder.range_of(load, symbol(f"{last.data}0"), symbol(f"{last.data}1"), levels) or UNKNOWN
         return UNKNOWN
 
