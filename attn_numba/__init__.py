@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         weights_of as weights_of,
     )
     from attn_numba.integrations import dask as dask
+    from attn_numba.integrations import mpi as mpi
     from attn_numba.integrations.sklearn import (
         AttentionClassifier as AttentionClassifier,
         AttentionRegressor as AttentionRegressor,
@@ -118,7 +119,7 @@ _OPTIONAL = {  # of libraries that may not be installed, so no part of `__all__`
     "search": "integrations.sklearn",
 }
 _MODULES = ("learning", "reference", "rules", "sequences", "testing")
-_EXTRAS = {"dask": "integrations.dask"}  # modules of a library that may not be installed, each by its extra
+_EXTRAS = {"dask": "integrations.dask", "mpi": "integrations.mpi"}  # of libraries that may not be installed
 
 __all__ = [*_HOME_OF, "reference", "sequences"]
 

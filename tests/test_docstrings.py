@@ -19,7 +19,18 @@ from attn_numba import reference, rules
 
 SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", "References", "Examples", "See Also")
 NOTHING = (None, "None", "Iterator[None]")
-OPTIONAL_LIBRARIES = {"cupy", "jax", "matplotlib", "ml_dtypes", "rich", "safetensors", "sklearn", "torch", "tqdm"}
+OPTIONAL_LIBRARIES = {
+    "cupy",
+    "jax",
+    "matplotlib",
+    "ml_dtypes",
+    "mpi4py",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "torch",
+    "tqdm",
+}
 
 
 def modules() -> Iterator[str]:
@@ -75,6 +86,8 @@ def public() -> Iterator[tuple[str, Any]]:
     for short in shorts:
         module = importlib.import_module(f"attn_numba.{short}")
         owners.append((module.__name__, module, module.__all__))
+    if importlib.util.find_spec("mpi4py"):
+        owners.append(("attn_numba.mpi", an.mpi, an.mpi.__all__))
     for prefix, owner, names in owners:
         for name in names:
             thing = getattr(owner, name)

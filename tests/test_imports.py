@@ -25,6 +25,7 @@ ALLOWED = {
     "cluster": set(),
     "problem": {"rules"},
     "partition": {"rules"},
+    "partial": {"rules", "problem", "parallel", "api", "cpu"},
     "profiles": {"files", "cpu"},
     "cpu": {"", "rules", "problem", "parallel", "profiles", "cpu"},
     "gpu": {"", "rules", "problem", "gpu", "integrations"},
@@ -53,6 +54,8 @@ ALLOWED = {
         "rules",
         "problem",
         "api",
+        "environment",
+        "partial",
         "sequences",
         "averages",
         "panels",
@@ -109,6 +112,7 @@ LIBRARIES = {
     "sequences": {"numpy", "scipy"},
     "learning": {"numpy", "scipy"},  # SciPy when it is called
     "integrations": {"numpy"},  # and the one library that the file or the folder is named after
+    "integrations/mpi": {"numpy", "mpi4py"},
     "integrations/sklearn": {"numpy", "joblib"},  # which scikit-learn is built on
 }
 

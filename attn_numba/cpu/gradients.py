@@ -83,11 +83,11 @@ def attention_vjp(
     dout = _contiguous(dout, number)
     if 0 in (*dout.shape, problem.sizes.N):
         return _nothing(wide)
-    if saved is None or number != problem.q.dtype or _largest(saved[1]) > LARGEST_LSE:
+    if forward_is_lost(problem, saved):
         out, facts = np.empty(dout.shape, number), np.empty((*dout.shape[:3], ROW_FACTS))
         engine.attention(wide, out, row_facts=facts)
         if saved is not None:
-            _require_same(*saved, out, facts[..., LSE])
+            require_same(*saved, out, facts[..., LSE])
             saved = None
     else:
         out, facts = saved[0], None
@@ -108,7 +108,12 @@ def prepare(dtype: str, every: bool = False) -> None:
             compile_worker(worker)
 
 
-def _require_same(out: np.ndarray, lse: np.ndarray, found: np.ndarray, found_lse: np.ndarray) -> None:
+def forward_is_lost(problem: Problem, saved: tuple[np.ndarray, np.ndarray] | None) -> bool:
+    """Whether what is saved of the forward call, if anything is, has lost digits that gradients need."""
+    return saved is None or problem.accumulator != problem.q.dtype or _largest(saved[1]) > LARGEST_LSE
+
+
+def require_same(out: np.ndarray, lse: np.ndarray, found: np.ndarray, found_lse: np.ndarray) -> None:
     """Raise a ValueError if what was saved is not what was found, give or take what its dtype loses."""
     found, largest = found.astype(out.dtype), 1 + _largest(found_lse)
     for name, array, expected, size in (("lse", lse, found_lse, largest), ("out", out, found, _largest(found))):

@@ -1,0 +1,250 @@
+"""A call computed part by part: some rows of q against some rows of k, results added up as the parts come.
+
+What holds the parts together is the lse, kept in float64 whatever the dtype: outputs of parts are averaged by it, and
+gradients of a part follow from that of the whole. Only a softmax can be computed so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attn_numba.api import cpu_engine
+from attn_numba.parallel import thread_count
+from attn_numba.problem import Problem
+from attn_numba.rules import Additive, Bilinear, Softmax
+from attn_numba.rules.data import AnyArray
+from attn_numba.rules.parts import Cutter, learned_place
+from attn_numba.rules.results import Learned
+
+__all__ = [
+    "LearnedSums",
+    "Stretch",
+    "Sums",
+    "add_attention",
+    "add_gradients",
+    "add_sink",
+    "delta_of",
+    "gradient_engine",
+    "part_of",
+    "pieces",
+]
+
+Stretch = tuple[int, int]  # first and end of neighboring rows of the whole sequence
+PIECE = 500_000_000  # multiply-adds of a thread between two looks at anything else: about 10 ms
+LEAST_ROWS = 512  # of a piece: they share the keys that are packed for it
+
+
+def gradient_engine() -> Any:
+    """Return the module that computes gradients on the CPU."""
+    cpu_engine()  # raises what there is to say where numba is missing
+    from attn_numba.cpu import gradients
+
+    return gradients
+
+
+def pieces(rows: Stretch, keys: int, problem: Problem) -> Iterator[Stretch]:
+    """Yield pieces of a stretch of rows, none of which takes long against so many keys.
+
+    Parameters
+    ----------
+    rows : (int, int)
+        The stretch.
+    keys : int
+        Rows of k that they meet.
+    problem : Problem
+        The call.
+    """
+    s = problem.sizes
+    of_row = max(1, s.B * s.H * keys * (s.D + s.E))
+    step = max(LEAST_ROWS, PIECE * thread_count()[0] // of_row // LEAST_ROWS * LEAST_ROWS)
+    for first in range(*rows, step):
+        yield first, min(first + step, rows[1])
+
+
+def part_of(whole: Problem, q: AnyArray, k: AnyArray, v: AnyArray, rows: Stretch, keys: Stretch) -> Problem:
+    """Return the part of a call in which some rows of q meet some rows of k, without the sink.
+
+    Parameters
+    ----------
+    whole : Problem
+        The call as `engine.prepared` returns it, with the sizes of the whole; its arrays are not read.
+    q, k, v : arrays (B, H, rows, D), (B, Hk, keys, D), (B, Hk, keys, E)
+        Those of the part.
+    rows, keys : (int, int)
+        Which rows these are.
+
+    Returns
+    -------
+    Problem
+    """
+    cutter = Cutter(rows, keys, whole.sizes)
+    return whole._replace(
+        q=q, k=k, v=v,
+        sizes=whole.sizes._replace(M=rows[1] - rows[0], N=keys[1] - keys[0]),
+        mask=None if whole.mask is None else cutter.part(whole.mask),
+        modifiers=tuple(cutter.part(modifier) for modifier in whole.modifiers),
+        normalizer=Softmax(),
+        query_offset=whole.query_offset + rows[0],
+        key_offset=whole.key_offset + keys[0],
+        key=None,
+    )  # fmt: skip
+
+
+def add_attention(part: Problem, out: AnyArray, lse: AnyArray) -> None:
+    """Add a part to what other keys gave the same rows.
+
+    Parameters
+    ----------
+    part : Problem
+        As `part_of` returns it.
+    out : array (B, H, M, E)
+        Of the keys so far, in the accumulator's dtype; 0 before the first.
+    lse : float64 array (B, H, M)
+        Of the keys so far; minus infinity before the first.
+    """
+    engine = gradient_engine()
+    facts = np.empty((*lse.shape, engine.ROW_FACTS))
+    first = bool(np.isneginf(lse).all())
+    direct = first and out.dtype == part.q.dtype
+    own = out if direct else np.empty(out.shape, part.q.dtype)
+    cpu_engine().attention_of_prepared(part, own, row_facts=facts)
+    found = facts[..., engine.LSE]
+    if first:
+        lse[...] = found
+        if not direct:
+            out[...] = own
+        return
+    before, added = _shares(lse, found)
+    with np.errstate(all="ignore"):  # infinities and NaN of rows that see some
+        out *= before.astype(out.dtype)[..., np.newaxis]
+        own = own.astype(out.dtype, copy=False)
+        own *= added.astype(out.dtype)[..., np.newaxis]
+        out += own
+
+
+def add_sink(problem: Problem, out: AnyArray, lse: AnyArray) -> None:
+    """Add the sink of a call, if it has one, to what all keys gave; `out` and `lse` as for `add_attention`."""
+    if not isinstance(problem.normalizer, Softmax) or problem.normalizer.sink is None:
+        return
+    sink = problem.normalizer.sink_array(problem.sizes)
+    assert sink is not None
+    before, _ = _shares(lse, sink[..., np.newaxis])
+    with np.errstate(all="ignore"):
+        out *= before.astype(out.dtype)[..., np.newaxis]
+
+
+def _shares(lse: AnyArray, other: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """Put the lse of two sets of keys in place of that of the first; return the share that each has in it."""
+    with np.errstate(all="ignore"):
+        largest = np.maximum(lse, other)
+        shift = np.where(np.isneginf(largest), 0, largest)
+        mine, others = np.exp(lse - shift), np.exp(other - shift)
+        total = mine + others
+        lse[...] = shift + np.log(total)
+        total[total == 0] = 1
+        return mine / total, others / total
+
+
+def delta_of(dout: AnyArray, out: AnyArray) -> AnyArray:
+    """Return ``sum_e dout * out`` (B, H, M), which the gradients of every part need."""
+    delta: AnyArray = np.einsum("bhme,bhme->bhm", dout, out)
+    return delta
+
+
+class LearnedSums:
+    """Gradients by the arrays of a call's rules, as sums over parts; float64, in the shapes of the whole arrays.
+
+    Parameters
+    ----------
+    whole : Problem
+        The call, before its score was mapped.
+    """
+
+    def __init__(self, whole: Problem) -> None:
+        self._whole = whole
+        self._sums: dict[int, tuple[Any, dict[str, AnyArray]]] = {}
+        for modifier in whole.modifiers:
+            if modifier.learned is not None:
+                self._begin(modifier, modifier.learned[0])
+        if isinstance(whole.normalizer, Softmax) and whole.normalizer.sink is not None:
+            self._begin(whole.normalizer, "sink")
+        for name in {Bilinear: ("W",), Additive: ("Wq", "Wk", "w")}.get(type(whole.score), ()):
+            self._begin(whole.score, name)
+
+    @property
+    def score(self) -> Any:
+        """The score of the call."""
+        return self._whole.score
+
+    def _begin(self, rule: Any, name: str) -> None:
+        self._sums.setdefault(id(rule), (rule, {}))[1][name] = np.zeros(np.shape(getattr(rule, name)))
+
+    def add(self, rule: Any, arrays: Mapping[str, AnyArray], place: tuple[slice, ...] | None = None) -> None:
+        """Add gradients by arrays of a rule, by name: by whole arrays, or by the part of them at a place."""
+        for name, array in arrays.items():
+            self._sums[id(rule)][1][name][... if place is None else place] += array
+
+    def add_part(self, part: Problem, learned: Learned, rows: Stretch, keys: Stretch) -> None:
+        """Add gradients by the arrays of the rules of a part."""
+        originals = {id(p): m for p, m in zip(part.modifiers, self._whole.modifiers, strict=True)}
+        for rule, arrays in learned.found():
+            original = originals[id(rule)]
+            self.add(original, arrays, learned_place(original, rows, keys, self._whole.sizes))
+
+    def arrays(self) -> list[AnyArray]:
+        """Return the sums themselves, in an order that depends on the call alone."""
+        return [array for _, arrays in self._sums.values() for array in arrays.values()]
+
+    def found(self) -> list[tuple[Any, dict[str, AnyArray]]]:
+        """Return what `Gradients` takes."""
+        learned = Learned(self._whole.accumulator)
+        for rule, arrays in self._sums.values():
+            learned.add(rule, arrays)
+        return learned.found()
+
+
+class Sums(NamedTuple):
+    """Gradients of a call's rows, as sums over parts."""
+
+    q: AnyArray  # (B, H, M, D), by mapped q
+    row_sums: AnyArray  # (B, H, M, 2), as `gradients.Found` has them
+    learned: LearnedSums
+
+
+def add_gradients(
+    part: Problem, dout: AnyArray, lse: AnyArray, delta: AnyArray, sums: Sums, rows: Stretch, keys: Stretch
+) -> tuple[AnyArray, AnyArray, float]:
+    """Add the gradients of a part to the sums of its rows and return those by its keys.
+
+    Parameters
+    ----------
+    part : Problem
+        As `part_of` returns it, in a dtype of accumulators.
+    dout : array (B, H, M, E)
+        Gradient by the output.
+    lse : float64 array (B, H, M)
+        Of the whole call, its sink included.
+    delta : array (B, H, M)
+        What `delta_of` returns.
+    sums : Sums
+        Those of the rows of the part.
+    rows, keys : (int, int)
+        Which rows these are.
+
+    Returns
+    -------
+    tuple of array (B, Hk, N, D), array (B, Hk, N, E), float
+        By mapped k and by v; and the scale of the gradients among the row sums.
+    """
+    learned = Learned(part.accumulator)
+    with np.errstate(all="ignore"):  # rows that see nothing may hold anything
+        found = gradient_engine().gradients_of_prepared(part, dout, lse, delta, learned)
+    sums.q[...] += found.q
+    sums.row_sums[...] += found.row_sums
+    sums.learned.add_part(part, learned, rows, keys)
+    if found.hidden:
+        sums.learned.add(sums.learned.score, found.hidden)
+    return found.k, found.v, found.scale
