@@ -1,0 +1,206 @@
+"""Attention on a ring of MPI ranks against one process, taken in turns; needs mpi4py and mpiexec.
+
+    python benchmarks/mpi.py speed      16k causal tokens: 2 ranks of 1 thread, 1 rank of 1 thread, 1 process of 2
+    python benchmarks/mpi.py waiting    how long the 2 ranks wait for messages, of their time
+    python benchmarks/mpi.py memory     65k tokens on 4 ranks: peak of each beyond an idle one's; about a minute
+    python benchmarks/mpi.py balance    visible pairs of each rank over their mean, causal, 2 to 64 ranks
+
+The ratios are what counts: ranks of one machine share its memory and its clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import attn_numba as an
+from timing import RESULTS, Row, machine, markdown, save
+
+SHAPE = (1, 8, 16384, 64)
+LONG = (1, 8, 65536, 64)
+POOLS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def launched(ranks: int, threads: int, *words: str) -> list[Any]:
+    """Return what each rank of a new job reports of one measurement."""
+    beside = Path(sysconfig.get_path("scripts")) / "mpiexec"
+    command = [str(beside) if beside.exists() else "mpiexec", "-n", str(ranks), sys.executable, "-m", "mpi4py"]
+    environment = os.environ | dict.fromkeys(POOLS, str(threads))
+    done = subprocess.run(
+        [*command, __file__, "rank", *words], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def speed(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the times of the three ways, and what the ring's is to the others', turn by turn."""
+    ways = {"1 rank": (1, 1, "attention"), "2 ranks": (2, 1, "attention"), "1 process, 2 threads": (1, 2, "process")}
+    for name, gradients in (("forward", "no"), ("gradients", "yes")):
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(arguments.turns):
+            for way, (ranks, threads, kind) in ways.items():
+                times[way].append(max(launched(ranks, threads, kind, gradients)))
+        for way, seconds in times.items():
+            yield f"{name}: {way}", statistics.median(seconds), "seconds"
+        for way in ("1 rank", "1 process, 2 threads"):
+            ratios = [one / two for one, two in zip(times[way], times["2 ranks"], strict=True)]
+            yield f"{name}: time of {way} over that of 2 ranks", statistics.median(ratios), "times"
+
+
+def waiting(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the share of their time that ranks wait for messages at the ends of steps."""
+    found = [max(launched(2, 1, "waiting")) for _ in range(arguments.turns)]
+    yield "2 ranks: waiting for each other at the ends of steps", statistics.median(found), "of 1"
+
+
+def memory(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield each rank's peak beyond an idle rank's, over its share of q, k, v, out and two blocks of k and v."""
+    for rank, (peak, share) in enumerate(launched(4, 1, "memory")):
+        yield f"rank {rank} of 4: peak beyond an idle rank's", peak / 2**20, "MiB"
+        yield f"rank {rank} of 4: over q, k, v, out and two blocks", peak / share, "times"
+
+
+def balance(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the visible pairs of the busiest rank over the mean, counted."""
+    from attn_numba.integrations.mpi.layouts import stretches_of
+
+    n = SHAPE[2]
+    for ranks in (2, 4, 16, 64):
+        for layout in ("contiguous", "zigzag"):
+            counts = [
+                sum((end * (end + 1) - first * (first + 1)) // 2 for first, end in stretches)
+                for stretches in stretches_of(n, ranks, layout)
+            ]
+            yield f"{ranks} ranks, {layout}: pairs of the busiest over the mean", max(counts) / np.mean(counts), "times"
+
+
+def as_rank(words: list[str]) -> None:
+    """Do one rank's part of a measurement; rank 0 prints what all report."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    kind, *rest = words
+    found = MEASURED[kind](comm, *rest)
+    reports = comm.gather(found)
+    if reports is not None:
+        print(json.dumps(reports))
+
+
+def arrays_of_rank(shape: tuple[int, ...], comm: Any, count: int) -> tuple[Any, list[np.ndarray]]:
+    B, H, n, D = shape
+    shard = an.mpi.Shard(n, comm, mask=an.Causal())
+    random = np.random.default_rng(comm.rank)
+    mine = (B, H, len(shard.positions), D)
+    return shard, [random.standard_normal(mine, dtype=np.float32) for _ in range(count)]
+
+
+def timed(comm: Any, call: Any) -> float:
+    comm.Barrier()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_ring(comm: Any, gradients: str) -> float:
+    """Return the seconds of a call on the ring, after one that compiles."""
+    shard, (q, k, v, dout) = arrays_of_rank(SHAPE, comm, 4)
+    rules = {"mask": an.Causal(), "exchange": "ring"}
+    warm(comm, gradients == "yes")
+    if gradients == "no":
+        return min(timed(comm, lambda: an.mpi.attention(q, k, v, shard=shard, **rules)) for _ in range(2))
+    saved = an.mpi.attention(q, k, v, shard=shard, **rules, return_lse=True)
+    return timed(comm, lambda: an.mpi.attention_vjp(q, k, v, dout, shard=shard, **rules, saved=saved))
+
+
+def time_process(comm: Any, gradients: str) -> float:
+    """Return the seconds of a call without MPI."""
+    _, (q, k, v, dout) = arrays_of_rank(SHAPE, comm, 4)
+    warm(comm, gradients == "yes")
+    if gradients == "no":
+        return min(timed(comm, lambda: an.attention(q, k, v, mask=an.Causal())) for _ in range(2))
+    saved = an.attention(q, k, v, mask=an.Causal(), return_lse=True)
+    return timed(comm, lambda: an.attention_vjp(q, k, v, dout, mask=an.Causal(), saved=saved))
+
+
+def warm(comm: Any, gradients: bool) -> None:
+    shard, (q, k, v, dout) = arrays_of_rank((1, 1, 256, 64), comm, 4)
+    an.mpi.warm_up(gradients=gradients)
+    an.mpi.attention(q, k, v, shard=shard, mask=an.Causal(), exchange="ring")
+    if gradients:
+        an.mpi.attention_vjp(q, k, v, dout, shard=shard, mask=an.Causal(), exchange="ring")
+
+
+def share_waited(comm: Any) -> float:
+    """Return the share of a call on the ring that is waiting for messages."""
+    from attn_numba.integrations.mpi.transfers import Requests
+
+    shard, (q, k, v) = arrays_of_rank(SHAPE, comm, 3)
+    warm(comm, False)
+    waited = []
+    wait = Requests.wait
+
+    def counted(requests: Requests) -> None:
+        start = time.perf_counter()
+        wait(requests)
+        waited.append(time.perf_counter() - start)
+
+    Requests.wait = counted  # type: ignore[method-assign]
+    whole = timed(comm, lambda: an.mpi.attention(q, k, v, shard=shard, mask=an.Causal(), exchange="ring"))
+    return sum(waited) / whole
+
+
+def peak_memory(comm: Any) -> tuple[int, int]:
+    """Return the peak beyond an idle rank's, and what it is held to, both in bytes."""
+    warm(comm, False)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    shard, (q, k, v) = arrays_of_rank(LONG, comm, 3)
+    out = an.mpi.attention(q, k, v, shard=shard, mask=an.Causal(), exchange="ring")
+    share = q.nbytes + k.nbytes + v.nbytes + out.nbytes
+    return _status("VmHWM") - before, share + 2 * (k.nbytes + v.nbytes)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+MEASURED = {"attention": time_ring, "process": time_process, "waiting": share_waited, "memory": peak_memory}
+PARTS = {part.__name__: part for part in (speed, waiting, memory, balance)}
+
+
+def main() -> None:
+    """Take the figures of the parts that the command line names, print them and write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part {unknown.pop()}; known are {', '.join(PARTS)}")
+    rows: list[dict[str, Any]] = []
+    for part in arguments.parts or PARTS:
+        for what, figure, unit in PARTS[part](arguments):
+            rows.append({"part": part, "what": what, "figure": figure, "unit": unit})
+            print(f"{what}: {figure:.4g} {unit}", flush=True)
+    save("mpi", {"machine": machine(1, "mpi4py", "mpich"), "rows": rows}, arguments.folder)
+    print()
+    print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        as_rank(sys.argv[2:])
+    else:
+        main()
