@@ -1,7 +1,7 @@
 """A call computed part by part: some rows of q against some rows of k, results added up as the parts come.
 
-What holds the parts together is the lse, kept in float64 whatever the dtype: outputs of parts are averaged by it, and
-gradients of a part follow from that of the whole. Only a softmax can be computed so.
+What holds the parts together is each row's sum of exponentials, kept in float64 whatever the dtype: outputs of parts
+are averaged by it, and gradients of a part follow from that of the whole. Only a softmax can be computed so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from attn_numba.rules.results import Learned
 
 __all__ = [
     "LearnedSums",
+    "Rows",
     "Stretch",
     "Sums",
     "add_attention",
@@ -93,59 +94,120 @@ def part_of(whole: Problem, q: AnyArray, k: AnyArray, v: AnyArray, rows: Stretch
     )  # fmt: skip
 
 
-def add_attention(part: Problem, out: AnyArray, lse: AnyArray) -> None:
+class Rows(NamedTuple):
+    """What is known of some rows once a part of their keys has been seen.
+
+    Parameters
+    ----------
+    out : array (B, H, M, E)
+        Their output, in the accumulator's dtype; 0 before the first part.
+    facts : float64 array (B, H, M, ROW_FACTS)
+        What `engine.attention` tells of rows. Scores are counted from the largest one and not from the lse, for far
+        from 0 that has no digits left to tell weights apart.
+    """
+
+    out: AnyArray
+    facts: AnyArray
+
+    @classmethod
+    def empty(cls, out: AnyArray) -> Rows:
+        """Return rows that have seen nothing; `out` is set to 0."""
+        engine = gradient_engine()
+        out[...] = 0
+        facts = np.zeros((*out.shape[:3], engine.ROW_FACTS))
+        facts[..., engine.LARGEST] = facts[..., engine.LSE] = -np.inf
+        facts[..., engine.INVERSE] = 1
+        return cls(out, facts)
+
+    def at(self, rows: slice) -> Rows:
+        """Return some of the rows, a view of them."""
+        return Rows(self.out[:, :, rows], self.facts[:, :, rows])
+
+    @property
+    def lse(self) -> AnyArray:
+        """The lse of the rows in float64, once all parts and the sink have been added."""
+        lse: AnyArray = self.facts[..., gradient_engine().LSE]
+        return lse
+
+
+def add_attention(part: Problem, rows: Rows) -> None:
     """Add a part to what other keys gave the same rows.
 
     Parameters
     ----------
     part : Problem
         As `part_of` returns it.
-    out : array (B, H, M, E)
-        Of the keys so far, in the accumulator's dtype; 0 before the first.
-    lse : float64 array (B, H, M)
-        Of the keys so far; minus infinity before the first.
+    rows : Rows
+        Those of the part.
     """
     engine = gradient_engine()
-    facts = np.empty((*lse.shape, engine.ROW_FACTS))
-    first = bool(np.isneginf(lse).all())
-    direct = first and out.dtype == part.q.dtype
-    own = out if direct else np.empty(out.shape, part.q.dtype)
-    cpu_engine().attention_of_prepared(part, own, row_facts=facts)
-    found = facts[..., engine.LSE]
+    facts = np.empty_like(rows.facts)
+    first = bool(np.isneginf(rows.lse).all())
+    direct = first and rows.out.dtype == part.q.dtype
+    own = rows.out if direct else np.empty(rows.out.shape, part.q.dtype)
+    per_unit = cpu_engine().attention_of_prepared(part, own, row_facts=facts) * np.log(2.0)
     if first:
-        lse[...] = found
+        facts[..., engine.INVERSE][np.isneginf(facts[..., engine.LSE])] = 1
+        rows.facts[...] = facts
         if not direct:
-            out[...] = own
+            rows.out[...] = own
         return
-    before, added = _shares(lse, found)
     with np.errstate(all="ignore"):  # infinities and NaN of rows that see some
-        out *= before.astype(out.dtype)[..., np.newaxis]
-        own = own.astype(out.dtype, copy=False)
-        own *= added.astype(out.dtype)[..., np.newaxis]
-        out += own
+        sums = np.where(np.isneginf(facts[..., engine.LSE]), 0, 1 / facts[..., engine.INVERSE])
+        before, added = _shares(rows.facts, facts[..., engine.LARGEST], sums, per_unit)
+        rows.out[...] *= before.astype(rows.out.dtype)[..., np.newaxis]
+        own = own.astype(rows.out.dtype, copy=False)
+        own *= added.astype(own.dtype)[..., np.newaxis]
+        rows.out[...] += own
 
 
-def add_sink(problem: Problem, out: AnyArray, lse: AnyArray) -> None:
-    """Add the sink of a call, if it has one, to what all keys gave; `out` and `lse` as for `add_attention`."""
+def add_sink(problem: Problem, rows: Rows) -> None:
+    """Add the sink of a call, if it has one, to what all keys gave.
+
+    Parameters
+    ----------
+    problem : Problem
+        The call, in whose dtype scores are computed.
+    rows : Rows
+        Rows that have seen all their keys.
+    """
     if not isinstance(problem.normalizer, Softmax) or problem.normalizer.sink is None:
         return
-    sink = problem.normalizer.sink_array(problem.sizes)
-    assert sink is not None
-    before, _ = _shares(lse, sink[..., np.newaxis])
+    per_unit = _per_unit(problem)
+    sink = np.asarray(problem.normalizer.sink_array(problem.sizes))[..., np.newaxis]
     with np.errstate(all="ignore"):
-        out *= before.astype(out.dtype)[..., np.newaxis]
+        at = (sink / per_unit).astype(problem.accumulator).astype(np.float64)  # a score that the kernels can write
+        sums = np.where(np.isneginf(sink), 0, np.exp(sink - at * per_unit))
+        before, _ = _shares(rows.facts, at, sums, per_unit)
+        rows.out[...] *= before.astype(rows.out.dtype)[..., np.newaxis]
 
 
-def _shares(lse: AnyArray, other: AnyArray) -> tuple[AnyArray, AnyArray]:
-    """Put the lse of two sets of keys in place of that of the first; return the share that each has in it."""
-    with np.errstate(all="ignore"):
-        largest = np.maximum(lse, other)
-        shift = np.where(np.isneginf(largest), 0, largest)
-        mine, others = np.exp(lse - shift), np.exp(other - shift)
-        total = mine + others
-        lse[...] = shift + np.log(total)
-        total[total == 0] = 1
-        return mine / total, others / total
+def _per_unit(part: Problem) -> float:
+    """Return what a score in the units of a call's kernel is multiplied by to be that of its softmax."""
+    from attn_numba.cpu.binding import bind
+
+    return float(bind(part).factor * np.log(2.0))
+
+
+def _shares(facts: AnyArray, other: AnyArray, other_sum: AnyArray, per_unit: float) -> tuple[AnyArray, AnyArray]:
+    """Put the facts of two sets of keys in place of those of the first; return the share that each has in the weights.
+
+    The other one has sums of exponentials that are counted from a score, its largest.
+    """
+    engine = gradient_engine()
+    mine = facts[..., engine.LARGEST]
+    largest = np.maximum(mine, other)
+    nothing = np.isneginf(largest)
+    shift = np.where(nothing, 0, largest)
+    seen = ~np.isneginf(facts[..., engine.LSE])
+    own_sum = np.where(seen, np.exp((mine - shift) * per_unit) / facts[..., engine.INVERSE], 0)
+    other_sum = np.exp((other - shift) * per_unit) * other_sum
+    total = own_sum + other_sum
+    facts[..., engine.LARGEST] = largest
+    facts[..., engine.LSE] = shift * per_unit + np.log(total)
+    total = np.where(total == 0, 1, total)
+    facts[..., engine.INVERSE] = 1 / total
+    return own_sum / total, other_sum / total
 
 
 def delta_of(dout: AnyArray, out: AnyArray) -> AnyArray:
@@ -215,7 +277,14 @@ class Sums(NamedTuple):
 
 
 def add_gradients(
-    part: Problem, dout: AnyArray, lse: AnyArray, delta: AnyArray, sums: Sums, rows: Stretch, keys: Stretch
+    part: Problem,
+    dout: AnyArray,
+    lse: AnyArray,
+    facts: AnyArray | None,
+    delta: AnyArray,
+    sums: Sums,
+    rows: Stretch,
+    keys: Stretch,
 ) -> tuple[AnyArray, AnyArray, float]:
     """Add the gradients of a part to the sums of its rows and return those by its keys.
 
@@ -227,6 +296,8 @@ def add_gradients(
         Gradient by the output.
     lse : float64 array (B, H, M)
         Of the whole call, its sink included.
+    facts : float64 array (B, H, M, ROW_FACTS) or None
+        Those of the rows of the whole call, its sink included, if they are known beside the lse.
     delta : array (B, H, M)
         What `delta_of` returns.
     sums : Sums
@@ -241,7 +312,7 @@ def add_gradients(
     """
     learned = Learned(part.accumulator)
     with np.errstate(all="ignore"):  # rows that see nothing may hold anything
-        found = gradient_engine().gradients_of_prepared(part, dout, lse, delta, learned)
+        found = gradient_engine().gradients_of_prepared(part, dout, lse, delta, learned, facts)
     sums.q[...] += found.q
     sums.row_sums[...] += found.row_sums
     sums.learned.add_part(part, learned, rows, keys)

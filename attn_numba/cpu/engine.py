@@ -55,12 +55,14 @@ def attention_of_prepared(
     lse: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     row_facts: np.ndarray | None = None,
-) -> None:
-    """Do the same for a call, or a part of one, as `prepared` returns it, into an `out` of its dtype."""
+) -> float:
+    """Do the same for a call, or a part of one, as `prepared` returns it, into an `out` of its dtype.
+
+    Returns what scores are multiplied by on their way into 2**x: the unit of what `row_facts` holds of scores.
+    """
     if streams(inner):
-        _stream(inner, out, lse, weights, row_facts)
-    else:
-        _look_at_rows(inner, range(inner.sizes.M), out=out, lse=lse, weights=weights, row_facts=row_facts)
+        return _stream(inner, out, lse, weights, row_facts)
+    return _look_at_rows(inner, range(inner.sizes.M), out=out, lse=lse, weights=weights, row_facts=row_facts)
 
 
 def explain(
@@ -127,8 +129,8 @@ def _stream(
     lse: np.ndarray | None,
     weights: np.ndarray | None,
     row_facts: np.ndarray | None,
-) -> None:
-    """Run a call tile by tile: the softmax of dot products."""
+) -> float:
+    """Run a call tile by tile: the softmax of dot products; return its factor of scores."""
     threads = thread_count()[0] if multiply_adds(problem.sizes) > SMALL else 1
     with Team(threads - 1) as team:  # first: it takes them longer to wake than all of what follows
         bound = bind(problem)
@@ -141,6 +143,7 @@ def _stream(
         space.write(call_record(problem, bound, space.parts, out, lse, row_facts, weights, sink), plan.layout)
         team.run(worker, space.state, plan.threads)
         give_back(space)
+    return bound.factor
 
 
 def _look_at_rows(
@@ -153,8 +156,11 @@ def _look_at_rows(
     entropy: np.ndarray | None = None,
     top: tuple[np.ndarray, np.ndarray] | None = None,
     sums: np.ndarray | None = None,
-) -> None:
-    """Run a call row by row: any score and any normalizer, for the output or (without `out`) for what explains it."""
+) -> float:
+    """Run a call row by row: any score and any normalizer, for the output or (without `out`) for what explains it.
+
+    Returns its factor of scores.
+    """
     sizes = problem.sizes._replace(M=len(rows), E=0 if out is None else problem.sizes.E)
     threads = thread_count()[0] if multiply_adds(sizes) > SMALL else 1
     with Team(threads - 1) as team:
@@ -182,6 +188,7 @@ def _look_at_rows(
         give_back(space)
     if sums is not None:
         sums[...] = parts[..., : sizes.N].sum(axis=2, dtype=np.float64)
+    return bound.factor
 
 
 def call_record(

@@ -29,7 +29,7 @@ from attn_numba.rules.data import gathered
 from attn_numba.rules.results import Learned
 
 SMALL = 500_000  # multiply-adds of a product below which a second thread costs more than it gives
-LARGEST, LSE = 0, 3  # of the facts of a row, see `rows.write_facts`
+LARGEST, INVERSE, LSE = 0, 1, 3  # of the facts of a row, see `rows.write_facts`
 LARGEST_LSE = 64.0  # a larger one has lost digits in float32 that the weights need: it is computed again
 SAME_CALL = 0.05  # by how much the sums of a row may miss, relative to what they are made of
 
@@ -166,7 +166,7 @@ def _run(
 
 def gradients_of_prepared(
     problem: Problem, dout: np.ndarray, lse: np.ndarray, delta: np.ndarray, learned: Learned,
-    facts: np.ndarray | None = None,
+    facts: np.ndarray | None,
 ) -> Found:  # fmt: skip
     """Return gradients of a call as `engine.prepared` returns it; if of `Softmax`, it may be a part of the keys.
 
@@ -182,8 +182,8 @@ def gradients_of_prepared(
         ``sum_e dout * out``, of the whole call.
     learned : Learned
         Where gradients by arrays of modifiers go. That by the sink does not, see `sink_gradient`.
-    facts : float64 array (B, H, M, ROW_FACTS), optional
-        What `engine.attention` tells of the rows; made of the lse if it is not given.
+    facts : float64 array (B, H, M, ROW_FACTS) or None
+        What `engine.attention` tells of the rows, or all parts together do; of None it is made of the lse.
 
     Returns
     -------
@@ -273,7 +273,7 @@ def _row_numbers(problem: Problem, bound: Bound, facts: np.ndarray, delta: np.nd
     """Return what `gradient_rows.py` reads of each row (B, H, M, ROW_NUMBERS)."""
     rows = np.zeros((*delta.shape, ROW_NUMBERS), problem.accumulator)
     rows[..., SHIFT] = np.where(facts[..., LARGEST] == -np.inf, 0, facts[..., LARGEST])
-    rows[..., REST], rows[..., SECOND] = facts[..., 1], facts[..., 2]
+    rows[..., REST], rows[..., SECOND] = facts[..., INVERSE], facts[..., 2]
     rows[..., MEAN] = delta * (1.0 if bound.pull else problem.scale)
     rows[..., INNER] = delta
     return rows
@@ -288,7 +288,7 @@ def _facts_of(lse: np.ndarray, bound: Bound, number: np.dtype) -> np.ndarray:
     per_unit = bound.factor * math.log(2.0)
     shift = np.where(lse == -np.inf, 0, lse / per_unit).astype(number).astype(np.float64)
     facts[..., LARGEST], facts[..., LSE] = shift, lse
-    facts[..., 1] = np.where(lse == -np.inf, 1, np.exp(shift * per_unit - lse))
+    facts[..., INVERSE] = np.where(lse == -np.inf, 1, np.exp(shift * per_unit - lse))
     return facts
 
 

@@ -84,11 +84,11 @@ def _on_ring(shard: Shard, given: Given, ring: Ring, lost: bool, learned: Learne
     """Return the gradients by this rank's q, k and v, and add those by arrays of rules."""
     wide, dout = given.wide, given.dout
     engine = gradient_engine()
-    out, lse = _forward(shard, given, ring, lost)
+    out, lse, facts = _forward(shard, given, ring, lost)
     delta = delta_of(dout, out)
     inner = ring.whole
     sums = Sums(np.zeros(inner.q.shape, inner.q.dtype), np.zeros((*lse.shape, 2), inner.q.dtype), learned)
-    dk, dv, scale = ring.gradients(dout, lse, delta, sums)
+    dk, dv, scale = ring.gradients(dout, lse, facts, delta, sums)
     local = given.own._replace(q=out, k=out, v=out)  # for sizes and sink alone
     if given.saved is not None and not lost:
         together(
@@ -103,17 +103,19 @@ def _on_ring(shard: Shard, given: Given, ring: Ring, lost: bool, learned: Learne
     return dq, dk, dv
 
 
-def _forward(shard: Shard, given: Given, ring: Ring, lost: bool) -> Saved:
-    """Return the output and the lse in float64: what was saved, or computed again by all ranks if one has lost it."""
+def _forward(shard: Shard, given: Given, ring: Ring, lost: bool) -> tuple[AnyArray, AnyArray, AnyArray | None]:
+    """Return the output, the lse in float64 and the facts of rows: what was saved, which has no facts, or found anew.
+
+    All ranks compute it again if one has lost it.
+    """
     if given.saved is not None and not lost:
-        return given.saved[0], given.saved[1].astype(np.float64)
+        return given.saved[0], given.saved[1].astype(np.float64), None
     forward = together(shard.space, lambda: Ring(shard, ring.whole))
-    out = np.empty(given.dout.shape, given.dout.dtype)
-    lse = on_ring(forward, out)
+    rows = on_ring(forward, np.empty(given.dout.shape, given.dout.dtype))
     if given.saved is not None:
         saved_out, saved_lse = given.saved
-        together(shard.space, lambda: gradient_engine().require_same(saved_out, saved_lse, out, lse))
-    return out, lse
+        together(shard.space, lambda: gradient_engine().require_same(saved_out, saved_lse, rows.out, rows.lse))
+    return rows.out, rows.lse, rows.facts
 
 
 def _add_ranks(shard: Shard, learned: LearnedSums) -> None:

@@ -140,7 +140,7 @@ def attention(
     (own, whole, target, ring), _ = agree(shard.space, prepare)
     lse: AnyArray | None
     if ring is not None:
-        lse = on_ring(ring, target)
+        lse = on_ring(ring, target).lse
     else:
         lse = np.empty(target.shape[:3], own.accumulator) if return_lse else None
         attention_of_gathered(shard, whole, target, lse)

@@ -16,7 +16,7 @@ from attn_numba.integrations.mpi.layouts import Stretch, sight
 from attn_numba.integrations.mpi.route import Hop, hops_of, legs_of
 from attn_numba.integrations.mpi.shard import Shard
 from attn_numba.integrations.mpi.transfers import Requests, Transfers
-from attn_numba.partial import Sums, add_attention, add_gradients, add_sink, part_of, pieces
+from attn_numba.partial import Rows, Sums, add_attention, add_gradients, add_sink, part_of, pieces
 from attn_numba.problem import Problem
 from attn_numba.rules.data import AnyArray
 
@@ -62,24 +62,23 @@ class Ring:
         np.logical_or.at(result, (owners[:, None], owners), seen)
         return result
 
-    def attention(self, out: AnyArray, lse: AnyArray) -> None:
+    def attention(self, out: AnyArray) -> Rows:
         """Compute this rank's rows.
 
         Parameters
         ----------
         out : array (B, H, tokens, E)
-            In the accumulator's dtype; zeros on entry.
-        lse : float64 array (B, H, tokens)
-            Minus infinity on entry.
+            Where to, in the accumulator's dtype.
         """
+        rows = Rows.empty(out)
 
         def work(piece: Piece, k: AnyArray, v: AnyArray) -> None:
-            part = self._part(piece, k, v)
-            add_attention(part, out[:, :, piece.own_rows], lse[:, :, piece.own_rows])
+            add_attention(self._part(piece, k, v), rows.at(piece.own_rows))
 
         for block in self._steps():
             self._compute(block, work)
-        add_sink(self.whole, out, lse)
+        add_sink(self.whole, rows)
+        return rows
 
     def _steps(self, followers: Followers | None = None) -> Iterator[int | None]:
         """Yield the block of each step while the next one is on its way; None where the rank gets none.
@@ -133,7 +132,9 @@ class Ring:
     def _part(self, piece: Piece, k: AnyArray, v: AnyArray) -> Problem:
         return part_of(self.whole, self.whole.q[:, :, piece.own_rows], k, v, piece.rows, piece.keys)
 
-    def gradients(self, dout: AnyArray, lse: AnyArray, delta: AnyArray, sums: Sums) -> tuple[AnyArray, AnyArray, float]:
+    def gradients(
+        self, dout: AnyArray, lse: AnyArray, facts: AnyArray | None, delta: AnyArray, sums: Sums
+    ) -> tuple[AnyArray, AnyArray, float]:
         """Add the gradients by this rank's rows to `sums` and return those by its own mapped keys and its values.
 
         Parameters
@@ -142,6 +143,8 @@ class Ring:
             Gradient by this rank's output.
         lse : float64 array (B, H, tokens)
             Of this rank's rows, the sink included.
+        facts : float64 array (B, H, tokens, ROW_FACTS) or None
+            As `add_gradients` takes them.
         delta : array (B, H, tokens)
             What `delta_of` returns.
         sums : Sums
@@ -160,8 +163,9 @@ class Ring:
             at = piece.own_rows
             part = self._part(piece, k, v)
             own = Sums(sums.q[:, :, at], sums.row_sums[:, :, at], sums.learned)
+            of_rows = None if facts is None else facts[:, :, at]
             *found, scale = add_gradients(
-                part, dout[:, :, at], lse[:, :, at], delta[:, :, at], own, piece.rows, piece.keys
+                part, dout[:, :, at], lse[:, :, at], of_rows, delta[:, :, at], own, piece.rows, piece.keys
             )
             followers.add(piece.block_keys, found)
 
@@ -171,14 +175,11 @@ class Ring:
         return dk, dv, scale
 
 
-def on_ring(ring: Ring, target: AnyArray) -> AnyArray:
-    """Compute this rank's rows into `target` (B, H, tokens, E), and return their lse (B, H, tokens) in float64."""
+def on_ring(ring: Ring, target: AnyArray) -> Rows:
+    """Compute this rank's rows into `target` (B, H, tokens, E), and return what is known of them."""
     number = ring.whole.accumulator
-    sums = target if target.dtype == number else np.empty(target.shape, number)
-    sums[...] = 0
-    lse = np.full(target.shape[:3], -np.inf)
-    ring.attention(sums, lse)
-    if sums is not target:
+    rows = ring.attention(target if target.dtype == number else np.empty(target.shape, number))
+    if rows.out is not target:
         with np.errstate(over="ignore", invalid="ignore"):
-            target[...] = sums
-    return lse
+            target[...] = rows.out
+    return rows
