@@ -40,8 +40,7 @@ if TYPE_CHECKING:
         top_keys as top_keys,
         weights_of as weights_of,
     )
-    from attn_numba.integrations import dask as dask
-    from attn_numba.integrations import mpi as mpi
+    from attn_numba.integrations import dask as dask, mpi as mpi
     from attn_numba.integrations.sklearn import (
         AttentionClassifier as AttentionClassifier,
         AttentionRegressor as AttentionRegressor,

@@ -21,6 +21,8 @@ SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Attributes", "Notes", 
 NOTHING = (None, "None", "Iterator[None]")
 OPTIONAL_LIBRARIES = {
     "cupy",
+    "dask",
+    "distributed",
     "jax",
     "matplotlib",
     "ml_dtypes",
