@@ -74,6 +74,7 @@ def public() -> Iterator[tuple[str, Any]]:
         "comparison",
         "workloads",
         "cli",
+        "cluster",
         "sequences",
         "averages",
         "panels",
@@ -83,7 +84,9 @@ def public() -> Iterator[tuple[str, Any]]:
         "tune_command",
     ]
     shorts += [
-        f"integrations.{name}" for name in ("jax", "matplotlib", "sklearn", "torch") if importlib.util.find_spec(name)
+        f"integrations.{name}"
+        for name in ("dask", "jax", "matplotlib", "sklearn", "torch")
+        if importlib.util.find_spec(name)
     ]
     for short in shorts:
         module = importlib.import_module(f"attn_numba.{short}")
