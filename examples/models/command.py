@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NEEDED = ("attn_numba", "gguf", "tokenizers", "safetensors", "tqdm", "rich", "matplotlib", "sklearn")
+NEEDED = ("attn_numba", "gguf", "tokenizers", "safetensors", "tqdm", "rich", "matplotlib", "sklearn", "mpi4py")
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 

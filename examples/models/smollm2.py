@@ -105,6 +105,10 @@ class Caches:
         """Bytes of all pages of all layers."""
         return sum(cache.nbytes for cache in self.layers)
 
+    def positions(self, sequences: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """Return where the next `count` tokens of each sequence are, (B, count)."""
+        return self.lengths[sequences][:, None] + np.arange(count)
+
     def fork(self) -> int:
         """Return the number of a new sequence, which shares the pages of `ROOT`."""
         [sequence] = {cache.fork(ROOT) for cache in self.layers}
@@ -185,10 +189,9 @@ class SmolLM2:
         """
         tokens, sequences, config = np.asarray(ids), np.asarray(sequences), self.config
         (B, M), D, turning = tokens.shape, config.head_size, config.heads + config.key_heads
-        lengths = caches.lengths[sequences]
-        if (longest := lengths.max() + M) > config.context:
+        positions = caches.positions(sequences, M)
+        if (longest := positions.max(initial=-1) + 1) > config.context:
             raise ValueError(f"a sequence of {longest} tokens; the model was trained for at most {config.context}")
-        positions = lengths[:, None] + np.arange(M)
         hidden = self.embedding[tokens.ravel()]  # a row for each token of each sequence
         for index, layer in enumerate(self.layers):
             x = self._normalize(hidden, layer["attn_norm"])
