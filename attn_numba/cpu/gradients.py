@@ -347,7 +347,9 @@ def require_consistent(
             f"saved: lse is {lse[at]:.6g} at {at}, with which the weights of that row sum to {weights[at]:.6g}, not 1: "
             "it is of another call"
         )
-    sizes = np.sqrt(np.einsum("bhme,bhme->bhm", dout, dout) * np.einsum("bhme,bhme->bhm", out, out) / out.shape[-1])
+    # in float64: the squares of an output that a sink leaves little of are 0 in float32
+    squares = (np.einsum("bhme,bhme->bhm", x, x, dtype=np.float64) for x in (dout, out))
+    sizes = np.sqrt(math.prod(squares) / out.shape[-1])
     known = np.isfinite(gradients) & np.isfinite(sizes)
     missed = np.sqrt((gradients[known] ** 2).sum())
     if missed > SAME_CALL * abs(scale) * np.sqrt((sizes[known].astype(np.float64) ** 2).sum()):
