@@ -48,14 +48,19 @@ def speed(arguments: argparse.Namespace) -> Iterator[Row]:
     ways = {"1 rank": (1, 1, "attention"), "2 ranks": (2, 1, "attention"), "1 process, 2 threads": (1, 2, "process")}
     for name, gradients in (("forward", "no"), ("gradients", "yes")):
         times: dict[str, list[float]] = {way: [] for way in ways}
+        busy: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(arguments.turns):
             for way, (ranks, threads, kind) in ways.items():
-                times[way].append(max(launched(ranks, threads, kind, gradients)))
+                reports = launched(ranks, threads, kind, gradients)
+                times[way].append(max(wall for wall, _ in reports))
+                busy[way].append(max(processor for _, processor in reports))
         for way, seconds in times.items():
             yield f"{name}: {way}", statistics.median(seconds), "seconds"
         for way in ("1 rank", "1 process, 2 threads"):
             ratios = [one / two for one, two in zip(times[way], times["2 ranks"], strict=True)]
             yield f"{name}: time of {way} over that of 2 ranks", statistics.median(ratios), "times"
+        ratios = [one / two for one, two in zip(busy["1 rank"], busy["2 ranks"], strict=True)]
+        yield f"{name}: processor time of 1 rank over that of the busier of 2", statistics.median(ratios), "times"
 
 
 def waiting(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -105,14 +110,15 @@ def arrays_of_rank(shape: tuple[int, ...], comm: Any, count: int) -> tuple[Any, 
     return shard, [random.standard_normal(mine, dtype=np.float32) for _ in range(count)]
 
 
-def timed(comm: Any, call: Any) -> float:
+def timed(comm: Any, call: Any) -> tuple[float, float]:
+    """Return the seconds of a call, and those that a processor worked on it: others' work takes none of these."""
     comm.Barrier()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - worked
 
 
-def time_ring(comm: Any, gradients: str) -> float:
+def time_ring(comm: Any, gradients: str) -> tuple[float, float]:
     """Return the seconds of a call on the ring, after one that compiles."""
     shard, (q, k, v, dout) = arrays_of_rank(SHAPE, comm, 4)
     rules = {"mask": an.Causal(), "exchange": "ring"}
@@ -123,7 +129,7 @@ def time_ring(comm: Any, gradients: str) -> float:
     return timed(comm, lambda: an.mpi.attention_vjp(q, k, v, dout, shard=shard, **rules, saved=saved))
 
 
-def time_process(comm: Any, gradients: str) -> float:
+def time_process(comm: Any, gradients: str) -> tuple[float, float]:
     """Return the seconds of a call without MPI."""
     _, (q, k, v, dout) = arrays_of_rank(SHAPE, comm, 4)
     warm(comm, gradients == "yes")
@@ -157,7 +163,7 @@ def share_waited(comm: Any) -> float:
 
     Requests.wait = counted  # type: ignore[method-assign]
     whole = timed(comm, lambda: an.mpi.attention(q, k, v, shard=shard, mask=an.Causal(), exchange="ring"))
-    return sum(waited) / whole
+    return sum(waited) / whole[0]
 
 
 def peak_memory(comm: Any) -> tuple[int, int]:
