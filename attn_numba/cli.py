@@ -17,6 +17,7 @@ import numpy as np
 
 from attn_numba import __version__, files
 from attn_numba.api import attention
+from attn_numba.cluster import ranks
 from attn_numba.comparison import Agreement, check_workload, compare_backends, contenders, plain_table, time_call
 from attn_numba.environment import backends, config_report, warmup
 from attn_numba.job import Job
@@ -24,6 +25,7 @@ from attn_numba.options import add_inputs, add_rules, add_threads, positive, rul
 from attn_numba.parallel import thread_count
 from attn_numba.plotting import add_plots
 from attn_numba.rules.arguments import DTYPES
+from attn_numba.rules.blocks import Block
 from attn_numba.tune_command import add_tune
 from attn_numba.tune_kernels_command import add_tune_kernels
 from attn_numba.workloads import WORKLOADS, named_dtype
@@ -33,6 +35,8 @@ __all__ = ["main"]
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PIECE_FLOP = 2**35
 """Operations of a piece of `run`, about a third of a second on one core; less than two pieces show no bar."""
+PIECES_OF_A_RANK = 8
+"""At least, where the call has as many."""
 PLOT_HELP = "draw weights, entropies, masks or rollouts into a .png, .svg or .pdf file"
 
 
@@ -82,16 +86,43 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    chosen = partial(attention, backend=arguments.backend)
+    if ranks()["count"][0] > 1:
+        return _run_on_ranks(arguments, chosen)
+    job, pieces = _checked_run(arguments)
+    with threads_of(arguments), _progress(arguments, "attention", job.pairs if len(pieces) > 1 else 0) as advance:
+        results = job.run(chosen, pieces, advance, lse=arguments.lse, weights=arguments.weights)
+    files.write_arrays(arguments.output, results, arguments.force)
+    return 0
+
+
+def _checked_run(arguments: argparse.Namespace, workers: int = 1) -> tuple[Job, list[Block]]:
+    """Return the call and its pieces, several for each worker, once it is known that the output can be written."""
     output = files.check_output(arguments.output, arguments.force)
     job = _job(arguments)
     wanted = [name for name in ("lse", "weights") if getattr(arguments, name)]
     files.check_contents(output, {"out": job.q.dtype} | dict.fromkeys(wanted, np.dtype(np.float32)))
     sizes = job.problem.sizes
-    pieces = job.pieces(PIECE_FLOP // (2 * (sizes.D + sizes.E)))
-    with threads_of(arguments), _progress(arguments, "attention", job.pairs if len(pieces) > 1 else 0) as advance:
-        chosen = partial(attention, backend=arguments.backend)
-        results = job.run(chosen, pieces, advance, lse=arguments.lse, weights=arguments.weights)
-    files.write_arrays(output, results, arguments.force)
+    most = PIECE_FLOP // (2 * (sizes.D + sizes.E))
+    return job, job.pieces(most if workers == 1 else min(most, job.pairs // (PIECES_OF_A_RANK * workers)))
+
+
+def _run_on_ranks(arguments: argparse.Namespace, chosen: Callable[..., Any]) -> int:
+    """Compute a call together with the other processes that a launcher started; rank 0 writes and speaks for all."""
+    from attn_numba.integrations.mpi.command import run_on_ranks
+
+    try:
+        with threads_of(arguments):
+            run_on_ranks(
+                partial(_checked_run, arguments),
+                lambda job, piece: job.compute(chosen, piece, arguments.lse, arguments.weights),
+                partial(_progress, arguments, "attention"),
+                lambda results: files.write_arrays(arguments.output, results, arguments.force),
+            )
+    except Exception:
+        if ranks()["rank"][0] == 0 or arguments.traceback:
+            raise
+        return BAD_INPUT
     return 0
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_system", "ranks"]
+__all__ = ["LAUNCHERS", "file_system", "ranks"]
 
 LAUNCHERS = {  # launcher -> the variables in which it tells a process its rank and the number of ranks
     "Open MPI's launcher": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),

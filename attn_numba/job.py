@@ -6,11 +6,11 @@ has the bits that one call over the whole would give it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import and_
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +36,9 @@ from attn_numba.rules import (
     Softmax,
     Sparsemax,
 )
+from attn_numba.rules.blocks import Block
 
-__all__ = ["NORMALIZERS", "SCORES", "Job", "Piece", "RuleSet"]
+__all__ = ["NORMALIZERS", "SCORES", "Job", "RuleSet", "pairs_of"]
 
 SCORES = {"dot": Dot, "cosine": Cosine}
 NORMALIZERS = {"softmax": Softmax, "sparsemax": Sparsemax, "entmax15": Entmax15, "double-softmax": DoubleSoftmax}
@@ -46,23 +47,9 @@ ROWS = 1024
 """Query rows of a piece come in multiples of this many."""
 
 
-class Piece(NamedTuple):
-    """A part of a call.
-
-    Parameters
-    ----------
-    sequences, key_heads, rows : slice
-        Of B, Hk and M, each with a start and a stop.
-    """
-
-    sequences: slice
-    key_heads: slice
-    rows: slice
-
-
 @dataclass(frozen=True)
 class RuleSet:
-    """The rules of a call as the numbers and arrays they are made from, so that a piece of it can be given its part.
+    """The rules of a call as the numbers and arrays they are made from.
 
     Parameters
     ----------
@@ -117,39 +104,25 @@ class RuleSet:
     query_offset: Any = None
     key_offset: Any = 0
 
-    def options(self, piece: Piece | None = None, group: int = 1) -> dict[str, Any]:
-        """Return the keyword arguments of `attn_numba.attention` for a call or a piece of it.
-
-        Parameters
-        ----------
-        piece : Piece, optional
-            None for the whole call.
-        group : int
-            Query heads per key head.
-
-        Returns
-        -------
-        dict
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `attn_numba.attention`.
 
         Raises
         ------
         ValueError
             If there is a sink and the normalizer is not a softmax.
         """
-        sequences, key_heads, rows = piece or (slice(None), slice(None), slice(None))
-        heads = key_heads if piece is None else _of_queries(key_heads, group)
-        offset = self.query_offset
         return {
-            "mask": self._mask(sequences, heads, rows),
-            "modifiers": self._modifiers(sequences, heads, rows),
+            "mask": self._mask(),
+            "modifiers": self._modifiers(),
             "score": SCORES[self.score](),
             "normalizer": self._normalizer(),
             "scale": self.scale,
-            "query_offset": offset if offset is None or piece is None else offset + rows.start,
+            "query_offset": self.query_offset,
             "key_offset": self.key_offset,
         }
 
-    def _mask(self, sequences: slice, heads: slice, rows: slice) -> Mask | None:
+    def _mask(self) -> Mask | None:
         masks: list[Mask] = []
         if self.causal:
             masks.append(Causal())
@@ -158,13 +131,13 @@ class RuleSet:
         if self.neighborhood is not None:
             masks.append(Neighborhood(*self.neighborhood))
         if self.padding_lengths is not None:
-            masks.append(Padding(_cut(self.padding_lengths, sequences)))
+            masks.append(Padding(self.padding_lengths))
         if self.prefix_lengths is not None:
-            masks.append(PrefixLM(_cut(self.prefix_lengths, sequences)))
-        if (documents := self.documents) is not None:
-            masks.append(SameDocument(_cut(documents, sequences, rows), _cut(documents, sequences, slice(None))))
+            masks.append(PrefixLM(self.prefix_lengths))
+        if self.documents is not None:
+            masks.append(SameDocument(self.documents, self.documents))
         if self.mask is not None:
-            masks.append(Dense(_cut(self.mask, sequences, heads, rows, slice(None))))
+            masks.append(Dense(self.mask))
         return reduce(and_, masks) if masks else None
 
     def _normalizer(self) -> Normalizer:
@@ -174,12 +147,12 @@ class RuleSet:
             raise ValueError(f"sink is {self.sink}, but the normalizer is {self.normalizer}; a sink needs softmax")
         return Softmax(sink=self.sink)
 
-    def _modifiers(self, sequences: slice, heads: slice, rows: slice) -> list[Modifier]:
+    def _modifiers(self) -> list[Modifier]:
         modifiers: list[Modifier] = []
         if self.alibi_slopes is not None:
-            modifiers.append(ALiBi(_cut(self.alibi_slopes, heads)))
+            modifiers.append(ALiBi(self.alibi_slopes))
         if self.bias is not None:
-            modifiers.append(Bias(_cut(self.bias, sequences, heads, rows, slice(None))))
+            modifiers.append(Bias(self.bias))
         if self.soft_cap is not None:
             modifiers.append(SoftCap(self.soft_cap))
         return modifiers
@@ -225,8 +198,8 @@ class Job:
         sizes = self.problem.sizes
         return sizes.B * sizes.H * sizes.M * sizes.N
 
-    def pieces(self, pairs: int) -> list[Piece]:
-        """Return pieces that make up the call.
+    def pieces(self, pairs: int) -> list[Block]:
+        """Return blocks that make up the call, each with all keys of its rows.
 
         Parameters
         ----------
@@ -235,44 +208,75 @@ class Job:
 
         Returns
         -------
-        list of Piece
+        list of Block
             Empty for a call with nothing to compute.
         """
         sizes = self.problem.sizes
         if self.pairs == 0:
             return []
-        head = sizes.H // sizes.Hk * sizes.M * sizes.N
+        group = sizes.H // sizes.Hk
+        head = group * sizes.M * sizes.N
         return [
-            Piece(sequences, key_heads, rows)
+            Block(sequences, slice(group * heads.start, group * heads.stop), heads, rows, slice(0, sizes.N))
             for sequences in _slices(sizes.B, pairs // (head * sizes.Hk))
-            for key_heads in _slices(sizes.Hk, pairs // head)
+            for heads in _slices(sizes.Hk, pairs // head)
             for rows in _slices(sizes.M, max(1, pairs * sizes.M // head // ROWS) * ROWS)
         ]
 
-    def part(self, piece: Piece) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
+    def part(self, piece: Block) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
         """Return the arrays of a piece and the keyword arguments that go with them.
 
         Parameters
         ----------
-        piece : Piece
-            A part of the call.
+        piece : Block
+            Some queries of the call, with all keys.
 
         Returns
         -------
         tuple of three numpy.ndarray, dict
             q, k, v, each with four axes, and the rules as `attn_numba.attention` takes them.
         """
-        q, k, v, sizes = self.problem[:4]
-        group = sizes.H // sizes.Hk
-        keys = (piece.sequences, piece.key_heads)
-        queries = (piece.sequences, _of_queries(piece.key_heads, group), piece.rows)
-        rules = replace(self.rules, query_offset=self.problem.query_offset)  # None would mean another in a piece
-        return (q[queries], k[keys], v[keys]), rules.options(piece, group)
+        call, keys = self.problem, (piece.b, piece.hk)
+        return (call.q[piece.b, piece.h, piece.i], call.k[keys], call.v[keys]), call.in_block(piece).options()
+
+    def compute(
+        self, attention: Callable[..., Any], piece: Block | None = None, lse: bool = False, weights: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Return the results of a piece by name, or those of the call.
+
+        Parameters
+        ----------
+        attention : callable
+            `attn_numba.attention` or one that takes and returns the same.
+        piece : Block, optional
+            From `pieces`; None for the whole call.
+        lse, weights : bool
+            What is asked for beside ``out``.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            ``out`` and what else was asked for; those of a piece have all axes.
+        """
+        wanted = {"return_lse": lse, "return_weights": weights}
+        arrays, rules = ((self.q, self.k, self.v), self.rules.options()) if piece is None else self.part(piece)
+        return _by_name(attention(*arrays, **rules, **wanted))
+
+    def joined(self, parts: Iterable[tuple[Block, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
+        """Return the results of the call from those of all its pieces, of which there is at least one."""
+        sizes = self.problem.sizes
+        results: dict[str, np.ndarray] = {}
+        for piece, arrays in parts:
+            for name, part in arrays.items():
+                if name not in results:
+                    results[name] = np.empty((sizes.B, sizes.H, sizes.M, *part.shape[3:]), part.dtype)
+                results[name][piece.b, piece.h, piece.i] = part
+        return {name: array.reshape(self.q.shape[:-1] + array.shape[3:]) for name, array in results.items()}
 
     def run(
         self,
         attention: Callable[..., Any],
-        pieces: Sequence[Piece] = (),
+        pieces: Sequence[Block] = (),
         advance: Callable[[int], object] = lambda pairs: None,
         lse: bool = False,
         weights: bool = False,
@@ -283,7 +287,7 @@ class Job:
         ----------
         attention : callable
             `attn_numba.attention` or one that takes and returns the same.
-        pieces : sequence of Piece
+        pieces : sequence of Block
             From `pieces`; none for one call over the whole.
         advance : callable
             Takes the number of query-key pairs done since it was last called.
@@ -295,21 +299,27 @@ class Job:
         dict of str to numpy.ndarray
             ``out`` and what else was asked for.
         """
-        wanted = {"return_lse": lse, "return_weights": weights}
-        sizes = self.problem.sizes
         if len(pieces) <= 1:
-            return _by_name(attention(self.q, self.k, self.v, **self.rules.options(), **wanted))
-        results: dict[str, np.ndarray] = {}
-        for piece in pieces:
-            arrays, options = self.part(piece)
-            parts = _by_name(attention(*arrays, **options, **wanted))
-            place = (piece.sequences, _of_queries(piece.key_heads, sizes.H // sizes.Hk), piece.rows)
-            for name, part in parts.items():
-                if name not in results:
-                    results[name] = np.empty((sizes.B, sizes.H, sizes.M, *part.shape[3:]), part.dtype)
-                results[name][place] = part
-            advance(parts["out"][..., 0].size * sizes.N)
-        return {name: array.reshape(self.q.shape[:-1] + array.shape[3:]) for name, array in results.items()}
+            return self.compute(attention, lse=lse, weights=weights)
+
+        def computed() -> Iterable[tuple[Block, dict[str, np.ndarray]]]:
+            for piece in pieces:
+                yield piece, self.compute(attention, piece, lse, weights)
+                advance(pairs_of(piece))
+
+        return self.joined(computed())
+
+
+def pairs_of(piece: Block) -> int:
+    """Return how many query-key pairs a piece has, allowed or not.
+
+    Parameters
+    ----------
+    piece : Block
+        Some queries with all or some keys.
+    """
+    B, H, _, M, N = piece.shape
+    return B * H * M * N
 
 
 def _by_name(answer: Any) -> dict[str, np.ndarray]:
@@ -319,14 +329,3 @@ def _by_name(answer: Any) -> dict[str, np.ndarray]:
 def _slices(size: int, step: int) -> list[slice]:
     step = max(1, step)
     return [slice(start, min(size, start + step)) for start in range(0, size, step)]
-
-
-def _of_queries(key_heads: slice, group: int) -> slice:
-    """Return the query heads that read these key heads."""
-    return slice(key_heads.start * group, key_heads.stop * group)
-
-
-def _cut(array: np.ndarray, *places: slice) -> np.ndarray:
-    """Return a part of an array that broadcasts along the axes it lacks or has with size 1."""
-    places = places[-array.ndim :]
-    return array[tuple(place if size > 1 else slice(None) for size, place in zip(array.shape, places, strict=False))]

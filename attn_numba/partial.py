@@ -15,8 +15,8 @@ from attn_numba.api import cpu_engine
 from attn_numba.parallel import thread_count
 from attn_numba.problem import Problem
 from attn_numba.rules import Additive, Bilinear, Softmax
+from attn_numba.rules.blocks import Block, learned_place
 from attn_numba.rules.data import AnyArray
-from attn_numba.rules.parts import Cutter, learned_place
 from attn_numba.rules.results import Learned
 
 __all__ = [
@@ -81,17 +81,8 @@ def part_of(whole: Problem, q: AnyArray, k: AnyArray, v: AnyArray, rows: Stretch
     -------
     Problem
     """
-    cutter = Cutter(rows, keys, whole.sizes)
-    return whole._replace(
-        q=q, k=k, v=v,
-        sizes=whole.sizes._replace(M=rows[1] - rows[0], N=keys[1] - keys[0]),
-        mask=None if whole.mask is None else cutter.part(whole.mask),
-        modifiers=tuple(cutter.part(modifier) for modifier in whole.modifiers),
-        normalizer=Softmax(),
-        query_offset=whole.query_offset + rows[0],
-        key_offset=whole.key_offset + keys[0],
-        key=None,
-    )  # fmt: skip
+    part = whole.in_block(Block.of_rows(rows, keys, whole.sizes))
+    return part._replace(q=q, k=k, v=v, normalizer=Softmax())
 
 
 class Rows(NamedTuple):
@@ -254,7 +245,7 @@ class LearnedSums:
         originals = {id(p): m for p, m in zip(part.modifiers, self._whole.modifiers, strict=True)}
         for rule, arrays in learned.found():
             original = originals[id(rule)]
-            self.add(original, arrays, learned_place(original, rows, keys, self._whole.sizes))
+            self.add(original, arrays, learned_place(original, Block.of_rows(rows, keys, self._whole.sizes)))
 
     def arrays(self) -> list[AnyArray]:
         """Return the sums themselves, in an order that depends on the call alone."""

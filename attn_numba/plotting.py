@@ -12,7 +12,7 @@ import numpy as np
 from attn_numba import files
 from attn_numba.averages import CELLS, average_entropy, average_mask, average_weights
 from attn_numba.explain import entropy, rollout
-from attn_numba.job import Job, Piece
+from attn_numba.job import Job
 from attn_numba.options import (
     add_inputs,
     add_masks,
@@ -25,6 +25,7 @@ from attn_numba.options import (
     threads_of,
 )
 from attn_numba.panels import pixels_of
+from attn_numba.rules.blocks import Block
 
 __all__ = ["add_plots"]
 
@@ -126,8 +127,9 @@ def _plot_weights(pictures: Any, arguments: argparse.Namespace, options: dict[st
 
     group = sizes.H // sizes.Hk
     key_heads = slice(min(heads) // group, max(heads) // group + 1)
-    places = [h - key_heads.start * group for h in heads]  # among the query heads of these key heads
-    (q, k, _), rules = job.part(Piece(slice(b, b + 1), key_heads, slice(start, stop)))
+    query_heads = slice(key_heads.start * group, key_heads.stop * group)
+    places = [h - query_heads.start for h in heads]
+    (q, k, _), rules = job.part(Block(slice(b, b + 1), query_heads, key_heads, slice(start, stop), slice(0, sizes.N)))
     cells = CELLS if len(heads) == 1 else CELLS // 2
     with threads_of(arguments):
         weights = average_weights(q, k, cells=cells, backend=arguments.backend, **rules)

@@ -25,6 +25,7 @@ from attn_numba.rules.arguments import (
     instance,
     sizes_of,
 )
+from attn_numba.rules.blocks import Block, offset_of, part_of
 from attn_numba.rules.data import AnyArray
 
 REMEMBERED = 64  # combinations of rules and sizes that are known to fit; each keeps its rules alive
@@ -59,6 +60,30 @@ class Problem(NamedTuple):
     def accumulator(self) -> np.dtype[Any]:
         """Dtype of sums, lse and weights."""
         return ACCUMULATORS[self.dtype]
+
+    def options(self) -> dict[str, Any]:
+        """Return the rules as the keyword arguments of `attn_numba.attention`."""
+        names = ("mask", "modifiers", "score", "normalizer", "scale", "query_offset", "key_offset", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def in_block(self, block: Block) -> Problem:
+        """Return what the call is in a block: its sizes, rules and offsets there; arrays stay those of the whole.
+
+        Raises
+        ------
+        NotImplementedError
+            If a rule is of a class of which nobody knows what belongs to a block.
+        """
+
+        def cut(rule: Any) -> Any:
+            return rule if rule is None else part_of(rule, block, self.sizes)
+
+        return self._replace(
+            sizes=block.sizes(self.sizes), mask=cut(self.mask), modifiers=tuple(map(cut, self.modifiers)),
+            score=cut(self.score), normalizer=cut(self.normalizer), dropout=cut(self.dropout),
+            query_offset=offset_of(self.query_offset, block.b, block.i),
+            key_offset=offset_of(self.key_offset, block.b, block.j), key=None,
+        )  # fmt: skip
 
 
 _NOTHING = bytes(8)

@@ -33,9 +33,10 @@ from attn_numba import api, problem as problems
 from attn_numba.problem import Problem
 from attn_numba.rules import Softmax, as_mask
 from attn_numba.rules.arguments import ACCUMULATORS, check_lse
-from attn_numba.rules.blocks import ALL, NONE, Block, answer, offset_of, part_of
+from attn_numba.rules.blocks import Block
 from attn_numba.rules.data import AnyArray, whole_number
 from attn_numba.rules.results import result_of
+from attn_numba.rules.sight import ALL, NONE, answer
 
 __all__ = ["attention"]
 
@@ -276,7 +277,7 @@ class _Plan:
         for (nb, b), (nh, h) in itertools.product(enumerate(_slices(q.chunks[0])), enumerate(_slices(q.chunks[1]))):
             nk, hk = next((n, x) for n, x in enumerate(key_heads) if x.start <= h.start // group < x.stop)
             block = Block(b, h, hk, *rows)
-            yield _Cell((nb, nh, nk), block, _part(self.call, block))
+            yield _Cell((nb, nh, nk), block, self.call.in_block(block))
 
     def _tasks_of_rows(self, names: list[str], cell: _Cell, row: int) -> dict[Any, Any]:
         """Return the tasks of one block of queries of a cell: its parts, what merges them, and its result."""
@@ -305,19 +306,13 @@ class _Plan:
         """Return what computes a block of queries with a block of keys; None where the rules hide all of it."""
         z = cell.call.sizes
         rows, keys = self.rows[row], self.keys[column]
-        call = _part(cell.call, Block(slice(0, z.B), slice(0, z.H), slice(0, z.Hk), rows, keys))
+        call = cell.call.in_block(Block(slice(0, z.B), slice(0, z.H), slice(0, z.Hk), rows, keys))
         seen = self._seen(call, row, column)
         if seen == NONE:
             return None
         normalizer = Softmax() if isinstance(call.normalizer, Softmax) else call.normalizer  # a sink counts once, later
-        return _Part(
-            {
-                "mask": None if seen == ALL else call.mask, "modifiers": call.modifiers, "score": call.score,
-                "normalizer": normalizer, "scale": call.scale, "query_offset": call.query_offset,
-                "key_offset": call.key_offset, "dropout": call.dropout,
-            },
-            self.backend,
-        )  # fmt: skip
+        rules = call.options() | {"normalizer": normalizer, "mask": None if seen == ALL else call.mask}
+        return _Part(rules, self.backend)
 
     def _seen(self, call: Problem, row: int, column: int) -> int:
         """Return how many pairs of a block are seen; rules that are the same in all cells are asked once."""
@@ -331,20 +326,6 @@ class _Plan:
                 return found
             self._answers[key] = found
         return self._answers[key]
-
-
-def _part(call: Problem, block: Block) -> Problem:
-    """Return what a call is in a block: its sizes, rules and offsets; arrays stay those of the whole."""
-
-    def cut(rule: Any) -> Any:
-        return rule if rule is None else part_of(rule, block, call.sizes)
-
-    return call._replace(
-        sizes=block.sizes(call.sizes), mask=cut(call.mask), modifiers=tuple(map(cut, call.modifiers)),
-        score=cut(call.score), normalizer=cut(call.normalizer), dropout=cut(call.dropout),
-        query_offset=offset_of(call.query_offset, block.b, block.i),
-        key_offset=offset_of(call.key_offset, block.b, block.j), key=None,
-    )  # fmt: skip
 
 
 Partial = tuple[AnyArray, Any]  # output and lse; None where the normalizer has none

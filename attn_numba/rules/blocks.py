@@ -1,4 +1,4 @@
-"""Blocks of a call: what its rules are for some of its sequences, heads, queries and keys, and which blocks are empty.
+"""Blocks of a call: what its rules are for some of its sequences, heads, queries and keys.
 
 What a rule holds for each sequence, head, query or key is cut to the block; what it says of positions stays, for a
 block is computed with the offsets that its rows have in the whole. So the results of blocks of keys, merged, are those
@@ -7,7 +7,7 @@ of the whole.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attn_numba.rules.adaptive import AdaptiveSpan
-from attn_numba.rules.base import AllOf, AnyOf, Dense, Mask, Not, ranges_of
+from attn_numba.rules.base import AllOf, AnyOf, Dense, Not
 from attn_numba.rules.data import AnyArray
 from attn_numba.rules.dropout import Dropout, DropoutPart
-from attn_numba.rules.formula import Binder, Node, evaluate, lift
-from attn_numba.rules.interval import known, reader_over
+from attn_numba.rules.formula import Param
 from attn_numba.rules.masks import (
     OPEN,
     BlockSparse,
@@ -33,12 +32,10 @@ from attn_numba.rules.masks import (
 )
 from attn_numba.rules.modifiers import ALiBi, Bias, CustomModifier, Modifier, ReplaceExcluded, SoftCap, Temperature
 from attn_numba.rules.normalizers import DoubleSoftmax, Entmax15, Softmax, Sparsemax
-from attn_numba.rules.places import SYMBOLS, Sizes
+from attn_numba.rules.places import Sizes
 from attn_numba.rules.scores import Additive, Bilinear, Cosine, Dot
 
-__all__ = ["ALL", "NONE", "SOME", "Block", "answer", "offset_of", "part_of"]
-
-NONE, SOME, ALL = 0, 1, 2  # of the pairs of a block, as tiles of a mask are told of
+__all__ = ["Block", "learned_place", "offset_of", "part_of"]
 
 
 class Block(NamedTuple):
@@ -49,6 +46,12 @@ class Block(NamedTuple):
     hk: slice
     i: slice
     j: slice
+
+    @classmethod
+    def of_rows(cls, rows: tuple[int, int], keys: tuple[int, int], whole: Sizes) -> Block:
+        """Return the block of some queries and some keys, each given by its first and its end, in all heads."""
+        b, h, hk = (slice(0, n) for n in whole[:3])
+        return cls(b, h, hk, slice(*rows), slice(*keys))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,11 +91,14 @@ def part_of(rule: Any, block: Block, sizes: Sizes) -> Any:
     Raises
     ------
     NotImplementedError
-        If it is a rule of another class than those of this package: nobody knows what of it belongs to a block.
+        If it is a rule of another class than those of this package, and not one of positions alone in a block of all
+        sequences and heads: nobody knows what of it belongs to the block.
     """
+    if getattr(rule, "positional", False) and block.shape[:2] == sizes[:2]:
+        return rule
     raise NotImplementedError(
         f"{type(rule).__name__} cannot be cut into blocks; needed a rule of attn_numba, CustomMask and CustomModifier "
-        "among them"
+        "among them, or one of positions where sequences and heads are not cut"
     )
 
 
@@ -178,13 +184,38 @@ def _of_documents(rule: SameDocument, block: Block, sizes: Sizes) -> Any:
 
 @part_of.register(BlockSparse)
 def _of_tiles(rule: BlockSparse, block: Block, sizes: Sizes) -> Any:
-    tiles, size = _cut(rule.blocks, block.b, block.h, slice(None), slice(None)), []
-    for axis, rows in ((2, block.i), (3, block.j)):
-        step = rule.tile_size[axis - 2]
-        size.append(math.gcd(step, rows.start))  # with which a tile begins where the block does
-        if tiles.shape[axis] > 1:
-            tiles = tiles.take(np.arange(rows.start, max(rows.stop, rows.start + 1), size[-1]) // step, axis)
-    return BlockSparse(tiles, tuple(size))
+    own: tuple[int, ...] = getattr(rule, "first", (0, 0))
+    first, tiles = [0, 0], [slice(None), slice(None)]
+    for axis, rows in enumerate((block.i, block.j)):
+        if rule.blocks.shape[2 + axis] > 1:
+            step, start = rule.tile_size[axis], own[axis] + rows.start
+            top = start // step
+            tiles[axis] = slice(top, max(top + 1, -(-(own[axis] + rows.stop) // step)))
+            first[axis] = start - top * step
+    edges = [x if x.stop is None else slice(x.start, x.stop + 1) for x in tiles]
+    counts: AnyArray = rule._counts  # type: ignore[attr-defined]
+    return _with(
+        rule, BlockSparsePart if any(first) else BlockSparse, first=(first[0], first[1]),
+        blocks=_cut(rule.blocks, block.b, block.h, *tiles), _counts=_cut(counts, block.b, block.h, *edges),
+    )  # fmt: skip
+
+
+class BlockSparsePart(BlockSparse):
+    """`BlockSparse` of a block whose first query or key lies inside a tile, `first` rows and keys from its begin."""
+
+    first: tuple[int, int]
+
+    def arguments(self, sizes: Sizes) -> tuple[Param, ...]:
+        lengths = (n + first if n else 0 for n, first in zip((sizes.M, sizes.N), self.first, strict=True))
+        return (*super().arguments(sizes._replace(**dict(zip("MN", lengths, strict=True)))), *self.first)
+
+    @staticmethod
+    def allowed(b: Any, h: Any, i: Any, j: Any, p: Any) -> Any:
+        return BlockSparse.allowed(b, h, i + p[4], j + p[5], p)
+
+    @staticmethod
+    def tile(b: Any, h: Any, i0: Any, i1: Any, j0: Any, j1: Any, p: Any) -> Any:
+        return BlockSparse.tile(b, h, i0 + p[4], i1 + p[4], j0 + p[5], j1 + p[5], p)
 
 
 @part_of.register(CustomMask)
@@ -240,90 +271,27 @@ def _of_dropout(rule: Dropout, block: Block, sizes: Sizes) -> Any:
     return DropoutPart(rule.rate, seed, first_b + block.b.start, first_h + block.h.start)
 
 
+def learned_place(modifier: Modifier, block: Block) -> tuple[slice, ...]:
+    """Return where the gradient by the array of a modifier's part belongs in that by the whole array."""
+    assert modifier.learned is not None
+    name, axes = modifier.learned
+    along = {"B": block.b, "H": block.h, "M": block.i, "N": block.j}
+    return _taken(np.shape(getattr(modifier, name)), [along[axis] for axis in axes])
+
+
 def _cut(array: AnyArray, *places: slice) -> AnyArray:
     """Return a part of an array that broadcasts along the axes it lacks or has with size 1."""
-    places = places[len(places) - array.ndim :]
-    taken = tuple(place if size > 1 else slice(None) for size, place in zip(array.shape, places, strict=True))
+    taken = _taken(array.shape, places)
     return array[taken] if taken else array
 
 
-def _with(rule: Any, **fields: Any) -> Any:
+def _taken(shape: Sequence[int], places: Sequence[slice]) -> tuple[slice, ...]:
+    own = places[len(places) - len(shape) :]
+    return tuple(place if size > 1 else slice(None) for size, place in zip(shape, own, strict=True))
+
+
+def _with(rule: Any, kind: Any = None, **fields: Any) -> Any:
     """Return a rule with other fields, which are parts of its own and so need no check and no copy."""
-    made = object.__new__(type(rule))
+    made = object.__new__(kind or type(rule))
     made.__dict__.update(rule.__dict__ | fields)
     return made
-
-
-def answer(
-    mask: Mask | None,
-    modifiers: tuple[Modifier, ...],
-    sizes: Sizes,
-    query_offset: int | AnyArray,
-    key_offset: int | AnyArray,
-) -> int:
-    """Return how many pairs of a call are visible as far as its rules alone tell: `NONE`, `SOME` or `ALL` of them.
-
-    Parameters
-    ----------
-    mask : Mask or None
-        Of the call; of a block, as `part_of` returns it.
-    modifiers : tuple of Modifier
-        Some of which may exclude keys.
-    sizes : Sizes
-        Of the call.
-    query_offset, key_offset : int or int array (B,)
-        Position of query row 0 and of key row 0.
-
-    Returns
-    -------
-    int
-        `NONE` and `ALL` are certain, and `ALL` is of the mask alone; `SOME` may be any number.
-    """
-    if 0 in (sizes.B, sizes.H, sizes.M, sizes.N):
-        return NONE
-    bounds = _Bounds(sizes, query_offset, key_offset)
-    if any(bounds.excludes(modifier) for modifier in modifiers):
-        return NONE
-    certain, possible = (True, True) if mask is None else bounds.of_mask(mask)
-    return ALL if certain else SOME if possible else NONE
-
-
-class _Bounds:
-    """What masks and modifiers say of a whole call: is it certain of all pairs, is it possible for some pair."""
-
-    def __init__(self, sizes: Sizes, query_offset: Any, key_offset: Any) -> None:
-        self.sizes, self.offsets = sizes, (query_offset, key_offset)
-        self.binder = Binder()
-        self.reader = reader_over(ranges_of(sizes, query_offset, key_offset), self.binder.params)
-
-    def of_mask(self, mask: Mask) -> tuple[bool, bool]:
-        if isinstance(mask, AllOf | AnyOf):
-            join = all if isinstance(mask, AllOf) else any
-            told = [self.of_mask(x) for x in mask.masks]
-            return join(certain for certain, _ in told), join(possible for _, possible in told)
-        if isinstance(mask, Not):
-            certain, possible = self.of_mask(mask.mask)
-            return not possible, not certain
-        if mask.tile is not None:
-            return self._of_tile(mask)
-        p = self.binder.bind(mask.arguments(self.sizes))
-        return self._of_formula(lift(mask.allowed(*mask._at(SYMBOLS), p)))
-
-    def excludes(self, modifier: Modifier) -> bool:
-        """Whether a modifier excludes every key from every query."""
-        formula = modifier.exclusion(SYMBOLS, self.sizes, self.binder)
-        return formula is not None and self._of_formula(formula)[0]
-
-    def _of_formula(self, formula: Node) -> tuple[bool, bool]:
-        certain, possible = (evaluate(x, {}, self.binder.params) for x in known(self.reader.bounds(formula)))
-        return bool(certain), bool(possible)
-
-    def _of_tile(self, mask: Mask) -> tuple[bool, bool]:
-        """Ask a mask that tells of tiles itself, for each sequence and head."""
-        b, h = np.arange(self.sizes.B)[:, None], np.arange(self.sizes.H)
-        ends: list[Any] = []
-        for offset, length in zip(self.offsets, (self.sizes.M, self.sizes.N), strict=True):
-            first = np.reshape(offset, (-1, 1)) if mask.positional else np.zeros((1, 1), int)
-            ends += [first, first + length]
-        told = np.asarray(mask.tile(b, h, *ends, mask.arguments(self.sizes)))  # type: ignore[misc]
-        return bool((told == ALL).all()), bool((told > NONE).any())

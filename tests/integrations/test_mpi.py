@@ -97,6 +97,34 @@ def test_a_program_that_would_hang_is_warned():
     assert "RuntimeWarning" not in start(2, "shards").stderr
 
 
+@needs_mpiexec
+def test_the_command_shares_its_pieces_and_writes_one_file(tmp_path):
+    """The bits of one process, though ranks hold no shares of rows; what is wrong is said once, by all exit codes."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal(shape, dtype=np.float32) for shape in ((2, 4, 2100, 8), *[(2, 2, 2500, 8)] * 2))
+    np.savez(tmp_path / "qkv.npz", q=q, k=k, v=v)
+    words = ["run", "qkv.npz", "-o", "out.npz", "--causal", "--query-offset", "400", "--lse", "--quiet"]
+
+    def run(*more):
+        changes = dict.fromkeys(OWN) | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": None}
+        command = [MPIEXEC, "-n", "3", sys.executable, "-m", "attn_numba", *words, *more]
+        return subprocess.run(
+            command, env=environment(**changes), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+
+    done = run()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    expected = an.attention(q, k, v, mask=an.Causal(), query_offset=400, return_lse=True)
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_array_equal(found["out"], expected.out)
+        np.testing.assert_array_equal(found["lse"], expected.lse)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "qkv.npz"]
+    again = run()
+    assert again.returncode == 2
+    assert again.stderr.count("attn-numba: error: out.npz exists") == 1
+    assert again.stderr.count("error") == 1
+
+
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_launcher_of_another_mpi_is_told_apart(name):
     code = "import attn_numba as an\ntry:\n    an.mpi.Shard(3)\nexcept RuntimeError as error:\n    print(error)\n"

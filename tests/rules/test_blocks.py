@@ -1,50 +1,16 @@
-"""Rules cut to blocks of a call: what they say there of the whole, and empty blocks are known."""
+"""Rules cut to blocks of a call: they say there what they say of the whole."""
 
 from __future__ import annotations
 
-import itertools
 import pickle
 
 import numpy as np
 import pytest
 
-import cases
 from attn_numba import rules
-from attn_numba.rules import Softmax, as_mask, as_modifiers, places_of
-from attn_numba.rules.arguments import check_offsets
-from attn_numba.rules.blocks import ALL, NONE, SOME, Block, answer, offset_of, part_of
-
-WITH_PLACES = [case for case in cases.CASES if case.kwargs()]
-
-
-def stretches(length: int, pieces: int) -> list[slice]:
-    """Uneven stretches that make up a length; of none, one of none."""
-    ends = sorted({0, length, *(length * n // pieces + n % 2 for n in range(1, pieces))})
-    return [slice(a, min(b, length)) for a, b in itertools.pairwise(ends)] or [slice(0, 0)]
-
-
-def blocks(z):
-    """Blocks of a call: each sequence, each key head's queries in two parts, three stretches of queries and of keys."""
-    group = z.H // z.Hk
-    for b, hk, i, j in itertools.product(stretches(z.B, z.B), stretches(z.Hk, 2), stretches(z.M, 3), stretches(z.N, 3)):
-        yield Block(b, slice(hk.start * group, hk.stop * group), hk, i, j)
-
-
-def call_of(case):
-    kwargs = case.kwargs()
-    mask, modifiers = as_mask(kwargs.get("mask")), as_modifiers(kwargs.get("modifiers"))
-    users = [x for x in (mask, *modifiers, kwargs.get("dropout")) if x is not None]
-    offsets = check_offsets(kwargs.get("query_offset"), kwargs.get("key_offset", 0), case.sizes, users)
-    return mask, modifiers, kwargs, offsets
-
-
-def offsets_in(block, offsets):
-    return offset_of(offsets[0], block.b, block.i), offset_of(offsets[1], block.b, block.j)
-
-
-def whole_and_part(array, block, z):
-    whole = np.broadcast_to(array, (z.B, z.H, z.M, z.N))
-    return whole[block.b, block.h, block.i, block.j]
+from attn_numba.rules import Softmax, places_of
+from attn_numba.rules.blocks import Block, learned_place, part_of
+from block_cases import WITH_PLACES, blocks, call_of, offsets_in, whole_and_part
 
 
 @pytest.mark.parametrize("case", WITH_PLACES, ids=lambda case: case.name)
@@ -70,57 +36,9 @@ def test_masks_and_modifiers_say_in_a_block_what_they_say_there_of_the_whole(cas
             given = whole_and_part(scores, block, z)
             with np.errstate(divide="ignore"):  # a share of 0 has the logarithm minus infinity
                 np.testing.assert_array_equal(piece.evaluate(given, here, small), whole_and_part(expected, block, z))
-
-
-@pytest.mark.parametrize("case", WITH_PLACES, ids=lambda case: case.name)
-def test_a_block_of_which_nothing_is_seen_is_told(case):
-    """Never wrong; and of masks without arrays that vary within the block, never undecided without need."""
-    z = case.sizes
-    mask, modifiers, _, offsets = call_of(case)
-    places = places_of(z, *offsets)
-    seen = np.ones((z.B, z.H, z.M, z.N), bool) if mask is None else mask.evaluate(places, z)
-    alone = seen
-    for rule in modifiers:
-        excluded = rule.excluded(places, z)
-        alone = alone if excluded is None else alone & ~excluded
-    for block in blocks(z):
-        parts = tuple(part_of(x, block, z) for x in modifiers)
-        part = None if mask is None else part_of(mask, block, z)
-        told = answer(part, parts, block.sizes(z), *offsets_in(block, offsets))
-        if told == NONE:
-            assert not whole_and_part(alone, block, z).any()
-        if told == ALL:
-            assert whole_and_part(seen, block, z).all()
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        rules.Causal(),
-        ~rules.Causal(),
-        rules.SlidingWindow(5, 0),
-        rules.SlidingWindow(-1, 3),
-        rules.Causal() & rules.SlidingWindow(7, 7),
-        rules.Padding([30, 11], [4, 0], [40, 25]),
-        rules.PrefixLM([9, 0]),
-        rules.SameDocument(np.arange(40) // 7),
-        rules.BlockSparse(np.arange(16).reshape(4, 4) % 3 == 0, 10),
-        rules.Dense(np.arange(40)[:, None] // 9 == np.arange(40) // 9),
-        rules.CustomMask(lambda b, h, i, j, p: j // p[0] == i // p[0] - b, (10,)),
-    ],
-    ids=lambda mask: type(mask).__name__,
-)
-def test_of_simple_masks_the_answer_is_exact(mask):
-    z = rules.Sizes(2, 2, 1, 40, 40, 8, 8)
-    whole = np.broadcast_to(mask.evaluate(places_of(z), z), (2, 2, 40, 40))
-    told = set()
-    for b, i, j in itertools.product(range(2), stretches(40, 4), stretches(40, 5)):
-        block = Block(slice(b, b + 1), slice(0, 2), slice(0, 1), i, j)
-        pairs = whole_and_part(whole, block, z)
-        expected = ALL if pairs.all() else SOME if pairs.any() else NONE
-        assert answer(part_of(mask, block, z), (), block.sizes(z), i.start, j.start) == expected
-        told.add(expected)
-    assert NONE in told
+            if rule.learned is not None:
+                name = rule.learned[0]
+                np.testing.assert_array_equal(getattr(rule, name)[learned_place(rule, block)], getattr(piece, name))
 
 
 @pytest.mark.parametrize("dropout", [rules.Dropout(0.4, 7), rules.Dropout(0.4, [7, 2**40])], ids=["one", "each"])
@@ -169,6 +87,38 @@ def test_a_rule_of_an_unknown_class_is_refused():
     block = Block(*(slice(0, n) for n in z[:5]))
     with pytest.raises(NotImplementedError, match="Odd cannot be cut into blocks; needed a rule of attn_numba"):
         part_of(rules.Causal() & Odd(), block, z)
+
+    class OfPositions(Odd):
+        positional = True
+
+    mine = OfPositions()
+    assert part_of(mine, block._replace(i=slice(1, 3)), z) is mine
+    with pytest.raises(NotImplementedError, match="OfPositions cannot be cut"):
+        part_of(mine, block, rules.Sizes(1, 2, 1, 4, 4, 2, 2))
+
+
+def test_tiles_of_a_block_that_begins_inside_one_are_not_cut_smaller():
+    """A part of a part too; and where a block begins with a tile, it is an ordinary rule with the same kernels."""
+    z = rules.Sizes(2, 2, 1, 40, 50, 8, 8)
+    rule = rules.BlockSparse(np.random.default_rng(0).random((2, 1, 6, 5)) < 0.5, (7, 10))
+    whole = np.broadcast_to(rule.evaluate(places_of(z), z), (2, 2, 40, 50))
+    for i, j, kind in (
+        (slice(7, 30), slice(10, 50), "BlockSparse"),
+        (slice(8, 30), slice(3, 44), "BlockSparsePart"),
+        (slice(33, 33), slice(49, 50), "BlockSparsePart"),
+    ):
+        block = Block(slice(1, 2), slice(0, 2), slice(0, 1), i, j)
+        part, small = part_of(rule, block, z), block.sizes(z)
+        assert type(part).__name__ == kind
+        assert part.blocks.shape[2] <= -(-small.M // 7) + 1
+        shape = (1, 2, small.M, small.N)
+        found = np.broadcast_to(part.evaluate(places_of(small), small), shape)
+        np.testing.assert_array_equal(found, whole_and_part(whole, block, z))
+        rest = Block(slice(0, 1), slice(1, 2), slice(0, 1), slice(0, small.M), slice(small.N // 3, small.N))
+        again = pickle.loads(pickle.dumps(part_of(part, rest, small)))
+        there = rest.sizes(small)
+        found_again = np.broadcast_to(again.evaluate(places_of(there), there), (1, 1, there.M, there.N))
+        np.testing.assert_array_equal(found_again, found[:, 1:, :, small.N // 3 :])
 
 
 def test_functions_of_rules_that_were_moved_can_be_sent_to_another_process():

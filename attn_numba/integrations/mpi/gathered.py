@@ -6,7 +6,6 @@ machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from attn_numba.integrations.mpi.layouts import Stretch
 from attn_numba.integrations.mpi.shard import Shard
 from attn_numba.partial import LearnedSums
 from attn_numba.problem import Problem
+from attn_numba.rules.blocks import Block, learned_place
 from attn_numba.rules.data import AnyArray
-from attn_numba.rules.parts import Cutter, learned_place
 from attn_numba.rules.results import Gradients
 
 __all__ = ["attention_of_gathered", "gradients_of_gathered"]
@@ -69,7 +68,8 @@ def attention_of_gathered(shard: Shard, call: Problem, out: AnyArray, lse: AnyAr
     def compute() -> None:
         for rows, at in own_rows(shard):
             q, place = call.q[:, :, at], out[:, :, at]
-            found = api.attention(q, k, v, **_rules(call, rows), out=place, return_lse=lse is not None)
+            rules = call.in_block(with_all_keys(call, rows)).options()
+            found = api.attention(q, k, v, **rules, backend="cpu", out=place, return_lse=lse is not None)
             if lse is not None:
                 lse[:, :, at] = found.lse
 
@@ -86,15 +86,9 @@ def own_rows(shard: Shard) -> list[tuple[Stretch, slice]]:
     return found
 
 
-def _rules(call: Problem, rows: Stretch) -> dict[str, Any]:
-    """Return what some rows of the whole are called with, against all keys."""
-    cutter = Cutter(rows, (0, call.sizes.N), call.sizes)
-    return {
-        "mask": None if call.mask is None else cutter.part(call.mask),
-        "modifiers": tuple(cutter.part(modifier) for modifier in call.modifiers),
-        "score": call.score, "normalizer": call.normalizer, "scale": call.scale, "dropout": call.dropout,
-        "query_offset": call.query_offset + rows[0], "key_offset": call.key_offset, "backend": "cpu",
-    }  # fmt: skip
+def with_all_keys(call: Problem, rows: Stretch) -> Block:
+    """Return the block in which some rows meet all keys."""
+    return Block.of_rows(rows, (0, call.sizes.N), call.sizes)
 
 
 def gradients_of_gathered(
@@ -121,28 +115,28 @@ def gradients_of_gathered(
 
     def compute() -> None:
         for rows, at in own_rows(shard):
-            rules = _rules(call, rows)
+            block = with_all_keys(call, rows)
+            part = call.in_block(block)
             kept = None if saved is None else tuple(x[:, :, at] for x in saved)
-            found = api.attention_vjp(q[:, :, at], k, v, dout[:, :, at], **rules, saved=kept)
+            found = api.attention_vjp(q[:, :, at], k, v, dout[:, :, at], **part.options(), backend="cpu", saved=kept)
             dq[:, :, at] = found.q
             np.add(dk, found.k, out=dk)
             np.add(dv, found.v, out=dv)
-            _add_learned(call, learned, found, rules["modifiers"], rows)
+            _add_learned(call, learned, found, part, block)
 
     together(shard.space, compute)
     return dq, _scattered(shard, dk), _scattered(shard, dv)
 
 
-def _add_learned(
-    call: Problem, learned: LearnedSums, found: Gradients, modifiers: Sequence[Any], rows: Stretch
-) -> None:
-    originals = {id(part): modifier for part, modifier in zip(modifiers, call.modifiers, strict=True)}
+def _add_learned(call: Problem, learned: LearnedSums, found: Gradients, part: Problem, block: Block) -> None:
+    modifiers = {id(cut): rule for cut, rule in zip(part.modifiers, call.modifiers, strict=True)}
+    others = {id(part.score): call.score, id(part.normalizer): call.normalizer}
     for rule, arrays in found.learned:
-        original = originals.get(id(rule))
-        if original is None:  # the normalizer or the score
-            learned.add(rule, arrays)
-            continue
-        learned.add(original, arrays, learned_place(original, rows, (0, call.sizes.N), call.sizes))
+        if id(rule) in modifiers:
+            original = modifiers[id(rule)]
+            learned.add(original, arrays, learned_place(original, block))
+        else:
+            learned.add(others[id(rule)], arrays)
 
 
 def _scattered(shard: Shard, whole: AnyArray) -> AnyArray:

@@ -8,13 +8,18 @@ import sys
 import warnings
 from typing import Any
 
+from attn_numba.cluster import LAUNCHERS
+
 __all__ = ["own_space", "started"]
 
-RANKS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # set by launchers
 
-
-def started() -> Any:
+def started(warn: bool = True) -> Any:
     """Return the module ``mpi4py.MPI``, with MPI started.
+
+    Parameters
+    ----------
+    warn : bool
+        Whether to warn of a start that leaves ranks waiting for one that fails.
 
     Raises
     ------
@@ -30,14 +35,14 @@ def started() -> Any:
     world = MPI.COMM_WORLD
     if world.size == 1:
         _require_one_process(MPI.Get_library_version())
-    elif world.rank == 0:
+    elif warn and world.rank == 0:
         _warn_of_hanging()
     return MPI
 
 
 def _require_one_process(library: str) -> None:
     """Raise if the environment speaks of more processes: each would take itself for the only one, and do all."""
-    for name in RANKS:
+    for _, name in LAUNCHERS.values():
         number = os.environ.get(name, "")
         if number.isdecimal() and int(number) > 1:
             raise RuntimeError(

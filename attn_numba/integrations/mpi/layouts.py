@@ -11,7 +11,7 @@ import numpy as np
 from attn_numba.problem import Problem
 from attn_numba.rules import BlockSparse, Dense, Mask, Padding, PrefixLM, SameDocument, Sizes
 from attn_numba.rules.data import AnyArray
-from attn_numba.rules.parts import may_see
+from attn_numba.rules.sight import may_see
 
 __all__ = ["LAYOUTS", "Stretch", "chosen_layout", "sight", "stretches_of"]
 

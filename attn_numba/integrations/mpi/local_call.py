@@ -14,7 +14,7 @@ from attn_numba.integrations.mpi.shard import Shard
 from attn_numba.problem import Problem
 from attn_numba.rules import Normalizer, Softmax
 from attn_numba.rules.arguments import check_score
-from attn_numba.rules.parts import Cutter
+from attn_numba.rules.blocks import Block
 
 __all__ = ["ALLGATHER", "EXCHANGES", "RING", "checked", "exchange_of", "facts_of", "require_shard"]
 
@@ -58,10 +58,7 @@ def checked(shard: Shard, q: Any, k: Any, v: Any, rules: Mapping[str, Any]) -> t
             raise ValueError(f"{name} has {count} rows; this rank holds {n} of the {total} tokens of the shard")
     fake = (problems.nothing((*x.shape[:2], total, x.shape[3]), x.dtype) for x in (q4, k4, v4))
     whole = problems.check(*fake, **rules)._replace(q=q4, k=k4, v=v4, rank=rank)
-    trial = Cutter((0, 0), (0, 0), whole.sizes)
-    for rule in (whole.mask, *whole.modifiers):
-        if rule is not None:
-            trial.part(rule)
+    whole.in_block(Block.of_rows((0, 0), (0, 0), whole.sizes))  # raises what cannot be cut
     return whole._replace(sizes=sizes), whole
 
 

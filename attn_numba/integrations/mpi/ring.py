@@ -46,21 +46,33 @@ class Ring:
     def __init__(self, shard: Shard, whole: Problem) -> None:
         self.shard, self.whole = shard, whole
         self.rank, self.counts = shard.comm.rank, shard.counts()
-        self.sees = self._sight_of_ranks()
+        self._rows = self._own_pieces()
+        self.sees, self._seen = self._sights()
         self.legs = legs_of(self.sees)
         self.hops = [*hops_of(self.legs, self.rank)]
         comes = sum(hop.source is not None for hop in self.hops)
         self.transfers = Transfers((whole.k, whole.v), self.counts, self.rank, min(2, comes))
         self.requests = Requests(shard.space)
 
-    def _sight_of_ranks(self) -> AnyArray:
-        """Return whether each rank's queries see keys of each other's block."""
+    def _own_pieces(self) -> list[tuple[Stretch, slice]]:
+        """Return pieces of this rank's rows, each with the rows of the rank's arrays that it is."""
+        longest = max(end - first for own in self.shard.stretches for first, end in own)
+        found, at = [], 0
+        for stretch in self.shard.own:
+            for first, end in pieces(stretch, longest, self.whole):
+                found.append(((first, end), slice(at, at + end - first)))
+                at += end - first
+        return found
+
+    def _sights(self) -> tuple[AnyArray, list[AnyArray]]:
+        """Return whether ranks see keys of each other's blocks; and whether this one's pieces do, for each block."""
+        counts = [len(own) for own in self.shard.stretches]
         stretches = [stretch for own in self.shard.stretches for stretch in own]
-        owners = np.repeat(np.arange(len(self.counts)), [len(own) for own in self.shard.stretches])
-        seen = sight(self.whole, stretches, stretches)
-        result = np.zeros((len(self.counts),) * 2, bool)
-        np.logical_or.at(result, (owners[:, None], owners), seen)
-        return result
+        owners = np.repeat(np.arange(len(counts)), counts)
+        sees = np.zeros((len(counts),) * 2, bool)
+        np.logical_or.at(sees, (owners[:, None], owners), sight(self.whole, stretches, stretches))
+        of_pieces = sight(self.whole, [piece for piece, _ in self._rows], stretches)
+        return sees, np.split(of_pieces, np.cumsum(counts)[:-1], axis=1)
 
     def attention(self, out: AnyArray) -> Rows:
         """Compute this rank's rows.
@@ -114,19 +126,12 @@ class Ring:
             self.requests.test()
 
     def _pieces(self, block: int) -> Iterator[Piece]:
-        keys, rows = self.shard.stretches[block], []
-        first_row = 0
-        for stretch in self.shard.own:
-            longest = max(end - first for first, end in keys)
-            rows += [(piece, first_row - stretch[0]) for piece in pieces(stretch, longest, self.whole)]
-            first_row += stretch[1] - stretch[0]
-        seen = sight(self.whole, [stretch for stretch, _ in rows], keys)
-        at = 0
-        for n, stretch in enumerate(keys):
-            count = stretch[1] - stretch[0]
-            for m, ((first, end), shift) in enumerate(rows):
+        seen, at = self._seen[block], 0
+        for n, keys in enumerate(self.shard.stretches[block]):
+            count = keys[1] - keys[0]
+            for m, (rows, own_rows) in enumerate(self._rows):
                 if seen[m, n]:
-                    yield Piece((first, end), stretch, slice(first + shift, end + shift), slice(at, at + count))
+                    yield Piece(rows, keys, own_rows, slice(at, at + count))
             at += count
 
     def _part(self, piece: Piece, k: AnyArray, v: AnyArray) -> Problem:
