@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ import dask.array as da
 
 import attn_numba as an
 import cases
+from dask_checks import after_the_gate, in_a_task_of_four_cores
 from processes import run_python
 
 TOLERANCE = {"float64": 1e-13, "float32": 3e-6}
@@ -352,10 +352,6 @@ def client(tmp_path_factory):
         yield client
 
 
-def keys_of_sequence(b, h, i, j, p):
-    return (j + h) % 3 <= b
-
-
 @pytest.mark.parametrize("name", ["causal", "window, sink", "padding", "function", "bias", "dropout"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_on_workers_of_distributed(client, name, dtype):
@@ -370,28 +366,8 @@ def test_a_worker_of_distributed_computes_with_one_thread(client):
     from attn_numba.parallel import thread_count
 
     assert {count for count, _ in client.run(thread_count).values()} == {1}  # the nanny has told it
-    told = client.submit(in_a_task_of_four_cores, pure=False).result()
+    told = client.submit(in_a_task_of_four_cores, pure=False).result(timeout=60)
     assert told == (1, "a task of Dask")
-
-
-def in_a_task_of_four_cores():
-    from attn_numba import parallel
-
-    before = parallel._from_environment, parallel._from_machine
-    parallel._from_environment, parallel._from_machine = lambda: None, lambda: (4, "the machine")
-    try:
-        return parallel.thread_count()
-    finally:
-        parallel._from_environment, parallel._from_machine = before
-
-
-def after_the_gate(block, gate, block_info=None):
-    """Return the block; the last one along the keys not before there is a file."""
-    until = time.monotonic() + 60
-    if block_info[0]["chunk-location"][2] == block_info[0]["num-chunks"][2] - 1:
-        while not Path(gate).exists() and time.monotonic() < until:
-            time.sleep(0.02)
-    return block
 
 
 def test_what_a_killed_worker_had_is_computed_again(client, tmp_path):
