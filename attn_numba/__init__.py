@@ -118,7 +118,7 @@ _OPTIONAL = {  # of libraries that may not be installed, so no part of `__all__`
     "search": "integrations.sklearn",
 }
 _MODULES = ("learning", "reference", "rules", "sequences", "testing")
-_EXTRAS = {"dask": "integrations.dask", "mpi": "integrations.mpi"}  # of libraries that may not be installed
+_EXTRAS = ("dask", "mpi")  # among the integrations
 
 __all__ = [*_HOME_OF, "reference", "sequences"]
 
@@ -129,21 +129,11 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f"attn_numba.{name}")
     elif name in _EXTRAS:
-        value = _extra(name)
+        value = importlib.import_module(f"attn_numba.integrations.{name}")
     else:
         raise AttributeError(f"module 'attn_numba' has no attribute {name!r}")
     globals()[name] = value  # found once, an attribute ever after
     return value
-
-
-def _extra(name: str) -> Any:
-    try:
-        return importlib.import_module(f"attn_numba.{_EXTRAS[name]}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("attn_numba"):
-            raise
-        cure = f"pip install 'attn-numba[{name}]'"
-        raise ModuleNotFoundError(f"attn_numba.{name} needs {error.name}: {cure}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,7 @@
     python benchmarks/mpi.py waiting    how long the 2 ranks wait for messages, of their time
     python benchmarks/mpi.py memory     65k tokens on 4 ranks: peak of each beyond an idle one's; about a minute
     python benchmarks/mpi.py balance    visible pairs of each rank over their mean, causal, 2 to 64 ranks
+    python benchmarks/mpi.py model      time of 2 ranks over what docs/cluster.md foretells, 512 to 8192 tokens a rank
 
 The ratios are what counts: ranks of one machine share its memory and its clock.
 """
@@ -90,6 +91,18 @@ def balance(arguments: argparse.Namespace) -> Iterator[Row]:
             yield f"{ranks} ranks, {layout}: pairs of the busiest over the mean", max(counts) / np.mean(counts), "times"
 
 
+def model(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the speed between ranks and the rate of one, then measured times over those of the cost model."""
+    found: list[dict[str, float]] = launched(2, 1, "model", str(arguments.turns))[0]
+    facts, *sizes = found
+    yield "between 2 ranks of this machine, both ways at once", facts["link"] / 1e9, "GB/s each"
+    yield "a rank's rate, full attention, D = 64", facts["rate"] / 1e9, "GFLOP/s"
+    for row in sizes:
+        name = f"{row['tokens']:.0f} tokens a rank, {row['heads']:.0f} heads, D = 64"
+        yield f"{name}: measured", 1e3 * row["seconds"], "ms"
+        yield f"{name}: measured over foretold", row["seconds"] / row["foretold"], "times"
+
+
 def as_rank(words: list[str]) -> None:
     """Do one rank's part of a measurement; rank 0 prints what all report."""
     from mpi4py import MPI
@@ -166,6 +179,38 @@ def share_waited(comm: Any) -> float:
     return sum(waited) / whole[0]
 
 
+def model_of_rank(comm: Any, turns: str) -> list[dict[str, float]]:
+    """Return link and rate, then for each number of tokens what the ring took and what the model says.
+
+    The ring does for full attention what it does for every other; ranks of one machine copy messages themselves, so a
+    transfer adds to the time of a step and is not hidden behind it.
+    """
+    warm(comm, False)
+    other = 1 - comm.rank
+    there, back = np.zeros(2**26, np.uint8), np.zeros(2**26, np.uint8)
+    link = there.size / min(timed(comm, lambda: comm.Sendrecv(there, other, 0, back, other, 0))[0] for _ in range(5))
+    H, D = SHAPE[1], SHAPE[3]
+
+    def block(tokens: int) -> Any:
+        random = np.random.default_rng(comm.rank)
+        return [random.standard_normal((1, H, tokens, D), dtype=np.float32) for _ in range(3)]
+
+    arrays = block(2048)
+    an.attention(*arrays)
+    pairs = H * 2048**2
+    rate = 4 * D * pairs / min(timed(comm, lambda: an.attention(*arrays))[0] for _ in range(5))
+    rows = [{"link": link, "rate": rate}]
+    for tokens in (512, 1024, 2048, 4096, 8192):
+        q, k, v = block(tokens)
+        shard = an.mpi.Shard(2 * tokens, comm)
+        call = lambda: an.mpi.attention(q, k, v, shard=shard, exchange="ring")  # noqa: B023, E731
+        call()
+        seconds = min(timed(comm, call)[0] for _ in range(int(turns)))
+        foretold = 2 * 4 * D * H * tokens**2 / rate + (k.nbytes + v.nbytes) / link
+        rows.append({"tokens": tokens, "heads": H, "seconds": seconds, "foretold": foretold})
+    return rows
+
+
 def peak_memory(comm: Any) -> tuple[int, int]:
     """Return the peak beyond an idle rank's, and what it is held to, both in bytes."""
     warm(comm, False)
@@ -182,8 +227,14 @@ def _status(name: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
-MEASURED = {"attention": time_ring, "process": time_process, "waiting": share_waited, "memory": peak_memory}
-PARTS = {part.__name__: part for part in (speed, waiting, memory, balance)}
+MEASURED = {
+    "attention": time_ring,
+    "process": time_process,
+    "waiting": share_waited,
+    "memory": peak_memory,
+    "model": model_of_rank,
+}
+PARTS = {part.__name__: part for part in (speed, waiting, memory, balance, model)}
 
 
 def main() -> None:

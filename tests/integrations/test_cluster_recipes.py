@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
-import sys
 
 import pytest
 
 from attn_numba import cli
 from documents import blocks, broken_links, read
-from processes import environment, run_python
+from processes import MPIEXEC, run_python, run_ranks
 
 DOCUMENT, TEXT = read("docs/cluster.md")
 PROGRAMS = blocks(TEXT, "python")
@@ -33,11 +31,9 @@ def test_programs_run_as_they_stand(code, tmp_path):
     if library != "mpi4py":
         assert run_python(str(program)) == ""
         return
-    launcher = shutil.which("mpiexec")
-    if launcher is None:
+    if MPIEXEC is None:
         pytest.skip("there is no mpiexec")
-    command = [launcher, "-n", "2", sys.executable, "-m", "mpi4py.futures", str(program)]
-    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120)
+    done = run_ranks(2, "-m", "mpi4py.futures", str(program))
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -330,7 +330,9 @@ def test_without_dask_the_cure_is_named():
         "import sys\nsys.modules['dask'] = None\nimport attn_numba as an\ntry:\n    an.dask\nexcept ImportError as e:\n"
     )
     printed = run_python(code + "    print(type(e).__name__, e)")
-    assert printed == "ModuleNotFoundError attn_numba.dask needs dask.array: pip install 'attn-numba[dask]'\n"
+    assert printed == (
+        "ModuleNotFoundError attn_numba.dask needs dask.array, which is not installed: pip install 'attn-numba[dask]'\n"
+    )
 
 
 # --- several processes ---

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -13,7 +9,7 @@ import numpy as np
 import pytest
 
 import attn_numba as an
-from processes import TESTS, environment, run_python
+from processes import MPIEXEC, OF_LAUNCHERS, TESTS, run_python, run_ranks
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed; it belongs to the extra mpi")
 
@@ -21,17 +17,12 @@ from attn_numba.integrations.mpi.launch import _under_mpi4py
 from attn_numba.integrations.mpi.layouts import LAYOUTS, ring_time, stretches_of, work_of
 from attn_numba.integrations.mpi.route import hops_of, legs_of
 
-BESIDE = Path(sysconfig.get_path("scripts")) / "mpiexec"
-MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
 needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="mpiexec is not installed: pip install mpich brings one")
-OWN = ("PMI_SIZE", "PMI_RANK", "PMI_FD", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def start(ranks, *words, module=("-m", "mpi4py"), timeout=900, **changes):
     """Return what became of a check on so many ranks of one thread each."""
-    changes = dict.fromkeys(OWN) | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": None} | changes
-    command = [MPIEXEC, "-n", str(ranks), sys.executable, *module, str(TESTS / "mpi_checks.py"), *words]
-    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=timeout)
+    return run_ranks(ranks, *module, str(TESTS / "mpi_checks.py"), *words, timeout=timeout, **changes)
 
 
 def passed(done):
@@ -105,21 +96,14 @@ def test_the_command_shares_its_pieces_and_writes_one_file(tmp_path):
     np.savez(tmp_path / "qkv.npz", q=q, k=k, v=v)
     words = ["run", "qkv.npz", "-o", "out.npz", "--causal", "--query-offset", "400", "--lse", "--quiet"]
 
-    def run(*more):
-        changes = dict.fromkeys(OWN) | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": None}
-        command = [MPIEXEC, "-n", "3", sys.executable, "-m", "attn_numba", *words, *more]
-        return subprocess.run(
-            command, env=environment(**changes), cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-
-    done = run()
+    done = run_ranks(3, "-m", "attn_numba", *words, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     expected = an.attention(q, k, v, mask=an.Causal(), query_offset=400, return_lse=True)
     with np.load(tmp_path / "out.npz") as found:
         np.testing.assert_array_equal(found["out"], expected.out)
         np.testing.assert_array_equal(found["lse"], expected.lse)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "qkv.npz"]
-    again = run()
+    again = run_ranks(3, "-m", "attn_numba", *words, folder=tmp_path)
     assert again.returncode == 2
     assert again.stderr.count("attn-numba: error: out.npz exists") == 1
     assert again.stderr.count("error") == 1
@@ -128,7 +112,7 @@ def test_the_command_shares_its_pieces_and_writes_one_file(tmp_path):
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_launcher_of_another_mpi_is_told_apart(name):
     code = "import attn_numba as an\ntry:\n    an.mpi.Shard(3)\nexcept RuntimeError as error:\n    print(error)\n"
-    said = run_python(code, **dict.fromkeys(OWN) | {name: "4"})
+    said = run_python(code, **dict.fromkeys(OF_LAUNCHERS) | {name: "4"})
     assert said.startswith(f"the launcher started 4 processes ({name}), but MPI sees 1")
 
 

@@ -24,8 +24,8 @@ try:
     import mpi4py  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f'attention over MPI needs {error.name}, which is not installed: pip install "attn-numba[mpi]", and an MPI '
-        "library if there is none: pip install mpich",
+        f"attn_numba.mpi needs {error.name}, which is not installed: pip install 'attn-numba[mpi]', and an MPI library "
+        "if there is none: pip install mpich",
         name="mpi4py",
     ) from error
 

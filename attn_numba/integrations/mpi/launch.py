@@ -24,9 +24,14 @@ def started(warn: bool = True) -> Any:
     Raises
     ------
     RuntimeError
-        If a launcher started several processes and MPI sees only this one.
+        If there is no MPI library, MPI is not running, or a launcher started several processes and MPI sees only this
+        one.
     """
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        found = str(error).splitlines()[0]
+        raise RuntimeError(f"mpi4py found no MPI library ({found}); needed one, such as: pip install mpich") from error
 
     if not MPI.Is_initialized() or MPI.Is_finalized():
         raise RuntimeError(
