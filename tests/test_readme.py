@@ -38,6 +38,18 @@ def test_the_example_of_choosing_parameters_runs(tmp_path, monkeypatch):
     assert (tmp_path / "front.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("engine", ["mpi", "dask"])
+def test_the_example_of_each_engine_runs(engine):
+    pytest.importorskip({"mpi": "mpi4py", "dask": "dask.array"}[engine])
+    (code,) = [code for code in blocks(TEXT, "py") if f"an.{engine}." in code]
+    names: dict[str, object] = {}
+    exec(compile(code, f"{README}, {engine}", "exec"), names)
+    if engine == "mpi":
+        assert names["whole"].shape == names["grads"].q.shape == (1, 8, 1000, 64)
+    else:
+        assert sum(key[0].startswith("attention-part") for key in names["out"].dask) == 4 + 3
+
+
 def test_the_two_commands_install_and_run():
     (commands,) = blocks(TEXT, "sh")
     first, second = commands.splitlines()
