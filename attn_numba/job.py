@@ -317,6 +317,11 @@ def pairs_of(piece: Block) -> int:
     ----------
     piece : Block
         Some queries with all or some keys.
+
+    Returns
+    -------
+    int
+        Number of its pairs, over batch and heads.
     """
     B, H, _, M, N = piece.shape
     return B * H * M * N
