@@ -36,6 +36,7 @@ __all__ = [
 Stretch = tuple[int, int]  # first and end of neighboring rows of the whole sequence
 PIECE = 500_000_000  # multiply-adds of a thread between two looks at anything else: about 10 ms
 LEAST_ROWS = 512  # of a piece: they share the keys that are packed for it
+LEAST_ROWS_OF_GRADIENTS = 2048  # they share one more pass over the sums by those keys
 
 
 def gradient_engine() -> Any:
@@ -46,7 +47,7 @@ def gradient_engine() -> Any:
     return gradients
 
 
-def pieces(rows: Stretch, keys: int, problem: Problem) -> Iterator[Stretch]:
+def pieces(rows: Stretch, keys: int, problem: Problem, gradients: bool = False) -> Iterator[Stretch]:
     """Yield pieces of a stretch of rows, none of which takes long against so many keys.
 
     Parameters
@@ -57,10 +58,13 @@ def pieces(rows: Stretch, keys: int, problem: Problem) -> Iterator[Stretch]:
         Rows of k that they meet.
     problem : Problem
         The call.
+    gradients : bool, default False
+        Whether gradients are computed, not outputs.
     """
     s = problem.sizes
+    least = LEAST_ROWS_OF_GRADIENTS if gradients else LEAST_ROWS
     of_row = max(1, s.B * s.H * keys * (s.D + s.E))
-    step = max(LEAST_ROWS, PIECE * thread_count()[0] // of_row // LEAST_ROWS * LEAST_ROWS)
+    step = max(least, PIECE * thread_count()[0] // of_row // least * least)
     for first in range(*rows, step):
         yield first, min(first + step, rows[1])
 

@@ -76,7 +76,7 @@ def _given(
     found = exchange_of(exchange, whole)
     q, k, v = (x.astype(number, copy=False) for x in (whole.q, whole.k, whole.v))
     wide = whole._replace(q=q, k=k, v=v, dtype=number.name)
-    ring = Ring(shard, problems.mapped(wide)) if found == RING else None
+    ring = Ring(shard, problems.mapped(wide), gradients=True) if found == RING else None
     return Given(own, wide, given.reshape(shape).astype(number, copy=False), kept, ring), found
 
 

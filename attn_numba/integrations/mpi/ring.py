@@ -41,12 +41,14 @@ class Ring:
         Who holds what.
     whole : Problem
         The call as `engine.prepared` returns it: with the arrays of this rank and the sizes of the whole.
+    gradients : bool, default False
+        Whether the call is for gradients, not outputs.
     """
 
-    def __init__(self, shard: Shard, whole: Problem) -> None:
+    def __init__(self, shard: Shard, whole: Problem, gradients: bool = False) -> None:
         self.shard, self.whole = shard, whole
         self.rank, self.counts = shard.comm.rank, shard.counts()
-        self._rows = self._own_pieces()
+        self._rows = self._own_pieces(gradients)
         self.sees, self._seen = self._sights()
         self.legs = legs_of(self.sees)
         self.hops = [*hops_of(self.legs, self.rank)]
@@ -54,12 +56,12 @@ class Ring:
         self.transfers = Transfers((whole.k, whole.v), self.counts, self.rank, min(2, comes))
         self.requests = Requests(shard.space)
 
-    def _own_pieces(self) -> list[tuple[Stretch, slice]]:
+    def _own_pieces(self, gradients: bool) -> list[tuple[Stretch, slice]]:
         """Return pieces of this rank's rows, each with the rows of the rank's arrays that it is."""
         longest = max(end - first for own in self.shard.stretches for first, end in own)
         found, at = [], 0
         for stretch in self.shard.own:
-            for first, end in pieces(stretch, longest, self.whole):
+            for first, end in pieces(stretch, longest, self.whole, gradients):
                 found.append(((first, end), slice(at, at + end - first)))
                 at += end - first
         return found
