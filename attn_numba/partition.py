@@ -74,8 +74,9 @@ def merge(outs: Sequence[object], lses: Sequence[object], sink: object = None) -
             total += share
         lse = shift + np.log(total)
         weights = shares / np.where(total == 0, number.type(1), total)
-        out = np.zeros(results[0].shape, number)
+        out, product = np.zeros(results[0].shape, number), np.empty(results[0].shape, number)
         for result, own, weight in zip(results, sums, weights, strict=False):
-            product = weight[..., np.newaxis] * result.astype(number, copy=False)
-            out += np.where(np.isneginf(own)[..., np.newaxis], number.type(0), product)  # a row without keys is nothing
+            np.multiply(weight[..., np.newaxis], result.astype(number, copy=False), out=product)
+            product[np.isneginf(own)] = 0  # a row without keys is nothing, whatever it holds
+            out += product
     return Merged(out.astype(results[0].dtype, copy=False), lse.astype(sums[0].dtype, copy=False))
