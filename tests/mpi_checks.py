@@ -19,6 +19,7 @@ from cases import CASES
 
 COMM = MPI.COMM_WORLD
 TOLERANCE = {"float64": 1e-13, "float32": 3e-6}  # of one process, relative to the largest number if that is above 1
+CANCELS = "old fill, divided by the size"  # the case that tests/reference/test_gradients.py excepts too
 
 
 def square(case):
@@ -119,6 +120,8 @@ def gradients_apart(q, k, v, dout, rules, shard, mine, name, dtype, ways, saved)
                 assert rule is same
                 assert arrays.keys() == others.keys()
                 errors |= {f"{type(rule).__name__}.{x}": far(arrays[x], others[x]) for x in arrays}
+            if name.startswith(CANCELS):  # the temperature's: of scores of -1e9, each rounded, that cancel
+                assert errors.pop("Temperature.t") <= 5e9 * np.finfo(dtype).eps, f"gradients of {name}, {way}"
             # Sums over all rows: in float32 both are off, and one process by more than the ring, which sums in float64.
             wide = {x: error for x, error in errors.items() if "." in x and dtype == "float32"}
             assert max(wide.values(), default=0) <= 3 * TOLERANCE[dtype], f"gradients of {name}, {way}: {wide}"
