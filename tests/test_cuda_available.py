@@ -154,6 +154,8 @@ def test_errors_of_the_driver_are_named(real_card):
 
 COMPARE = """
 import sys
+import simulation
+simulation.hasten()
 from attn_numba import cli
 sys.exit(cli.main(sys.argv[1:] + ["--sizes", "1", "2", "1", "5", "6", "4", "3", "--repeat", "1", "--quiet"]))
 """
@@ -177,6 +179,8 @@ def test_compare_lists_all_three_backends_in_the_simulator(rules):
 
 
 SIMULATED = """
+import simulation
+simulation.hasten()
 import numpy as np
 import attn_numba as an
 
