@@ -1,5 +1,6 @@
 """What all tests share: the backends that can run here, tests that want a card, a closing line on what was compiled."""
 
+import gc
 import os
 import sys
 import time
@@ -7,6 +8,8 @@ import time
 import pytest
 
 from attn_numba import backends
+
+gc.set_threshold(50_000, 20, 20)  # tests, and all that Numba makes, stay: looking through them took a tenth of the time
 
 BACKENDS = [name for name, (available, _) in backends().items() if available]
 UNTIL = float(os.environ.get("ATTN_NUMBA_TESTS_UNTIL", "inf"))  # when tests on a card stop being begun, in Unix time

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from numba import types
@@ -60,13 +62,30 @@ def cache_folder() -> tuple[str | None, str]:
     return path, "NUMBA_CACHE_DIR" if named else "next to the package or in the user's cache"
 
 
+@contextlib.contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """Let Python look for garbage less often: Numba makes objects by the million that stay, a fifth of its time."""
+    with _compiling:  # one at a time, as Numba's own lock has it, so that the usual thresholds come back
+        before = gc.get_threshold()
+        if before[0]:
+            gc.set_threshold(*map(max, before, (50_000, 20, 20)))
+        try:
+            yield
+        finally:
+            gc.set_threshold(*before)
+
+
+_compiling = threading.RLock()
+
+
 @functools.cache
 def compile_worker(function: Callable) -> int:
     """Compile (or load) a worker of (state address, worker number) and return its address."""
     worker = CFunc(function, (WORKER.args, WORKER.return_type), locals={}, options={"nopython": True, "nogil": True})
     with contextlib.suppress(RuntimeError):  # no folder can be written: compile for this process, keep nothing
         worker._cache = _SourcesCache(function)
-    worker.compile()
+    with _fewer_collections():
+        worker.compile()
     _keep.append(worker)
     return int(worker.address)
 
