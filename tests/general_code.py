@@ -11,6 +11,7 @@ from machine_code import report
 
 SEEN = np.ones((100, 100), bool)
 KERNELS = {  # architecture, dtype, head and value size, registers that it may take, arguments of `attention`
+    "full": ((9, 0), "float32", 64, 168, {}),
     "causal": ((8, 0), "float32", 128, 255, {"mask": an.Causal()}),
     "array and soft cap": ((9, 0), "float32", 64, 168, {"mask": an.Dense(SEEN), "modifiers": an.SoftCap(3.0)}),
     "double precision": ((8, 0), "float64", 64, 255, {"mask": an.Causal(), "dropout": an.Dropout(0.3, 1)}),

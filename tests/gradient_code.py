@@ -10,21 +10,18 @@ from attn_numba.problem import check
 from machine_code import report
 
 LEARNED = [an.SoftCap(3.0), an.ALiBi(0.5)]
-EVERY = ((general.QUERIES, 2), (general.KEYS, 2), (general.VALUES, 1))  # and how many products of scores each has
-KERNELS = {  # architecture, dtype, head and value size, gradients, arguments of `attention`
-    "causal": ((8, 0), "float32", 128, EVERY, {"mask": an.Causal()}),
-    "modifiers": (
-        (9, 0), "float64", 64, EVERY[1:2], {"modifiers": LEARNED, "query_offset": 0, "dropout": an.Dropout(0.3, 1)}
-    ),
-}  # fmt: skip
+KERNELS = {  # architecture, dtype, head and value size, arguments of `attention`
+    "causal": ((8, 0), "float32", 128, {"mask": an.Causal()}),
+    "modifiers": ((9, 0), "float64", 64, {"modifiers": LEARNED, "query_offset": 0, "dropout": an.Dropout(0.3, 1)}),
+}
 
 
-def programs_of(problem, gradients):
+def programs_of(problem):
     """Yield the kernels of a call, and how many products a step of each has."""
     bound = bind(problem, True)
     tile = backward_rows.tile_of(problem)
     yield backward_rows.program(problem, bound, False), 2 * tile.depth * tile.row_part * tile.key_part
-    for of, scores in gradients:
+    for of, scores in ((general.QUERIES, 2), (general.KEYS, 2), (general.VALUES, 1)):
         tile = general.tile_of(problem, general.columns_of(problem, of))
         products = tile.depth * tile.row_part * (scores * tile.key_part + tile.value_part)
         yield general.program(problem, bound, of, problem.dtype), products
@@ -51,9 +48,9 @@ def check_code(name, program, capability):
 
 
 def compile_kernels(part, parts):
-    for name, (capability, dtype, size, gradients, arguments) in list(KERNELS.items())[part::parts]:
+    for name, (capability, dtype, size, arguments) in list(KERNELS.items())[part::parts]:
         x = np.zeros((1, 2, 100, size), dtype)
-        for program, products in programs_of(check(x, x, x, **arguments), gradients):
+        for program, products in programs_of(check(x, x, x, **arguments)):
             found = check_code(name, program, capability)
             multiply = "DFMA" if dtype == "float64" else "FFMA"
             assert found.instructions[multiply] >= products, (name, program.name)  # unrolled, and joined

@@ -92,9 +92,8 @@ class TestSmolLM2:
         assert logits.argmax(axis=1).tolist() == witness["top1"]
         assert np.argsort(-logits[-1])[:5].tolist() == witness["last_top5"]
         np.testing.assert_allclose(logits[-1, witness["last_top5"]], witness["last_top5_logits"], rtol=0, atol=2e-4)
-        if backend != "reference" or witness is WITNESS[0]:
-            count = 2 if backend == "reference" else 40  # it takes two seconds for each token
-            assert answers_of(Batch(model, [ids], count)) == [witness["greedy"][:count]]
+        if backend != "reference" or witness is WITNESS[0]:  # it takes half a minute for each answer
+            assert answers_of(Batch(model, [ids], 40)) == [witness["greedy"]]
 
     def test_int8_chooses_what_float32_is_sure_of(self, language_model):
         model, _ = language_model

@@ -78,4 +78,4 @@ def test_machine_code(part):
     lines = run_python(
         f"import gradient_code; gradient_code.compile_kernels({part}, {CODE_PARTS})", NUMBA_ENABLE_CUDASIM="0"
     ).splitlines()
-    assert len(lines) >= 3
+    assert len(lines) >= 4

@@ -66,4 +66,4 @@ needs_assembler = pytest.mark.skipif(find_spec("nvidia") is None, reason="needs 
 def test_machine_code():
     """What is in registers stays there: no stack frame, no spills, and the products as joined multiplies and adds."""
     lines = run_python("import general_code; general_code.compile_kernels()", NUMBA_ENABLE_CUDASIM="0").splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
