@@ -22,7 +22,7 @@ import numpy as np
 from distributed import Client, LocalCluster, wait
 
 import attn_numba as an
-from timing import RESULTS, Row, machine, markdown, save
+from timing import RESULTS, Row, machine, take
 
 SHAPE = (1, 8, 8192, 64)
 CHUNKS = (512, 1024, 2048, 4096)
@@ -90,8 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results go (default: benchmarks/results)")
+    parser.set_defaults(parts=())
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     with (
         dask.config.set({"distributed.worker.daemon": True}),
         LocalCluster(
@@ -99,12 +99,8 @@ def main() -> None:
         ) as cluster,
         Client(cluster) as client,
     ):
-        for what, figure, unit in figures(client, arguments.turns):
-            rows.append({"what": what, "figure": figure, "unit": unit})
-            print(f"{what}: {figure:.4g} {unit}", flush=True)
-    save("dask", {"machine": machine(1, "dask", "distributed"), "rows": rows}, arguments.folder)
-    print()
-    print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
+        parts = {"causal": lambda arguments: figures(client, arguments.turns)}
+        take(parts, arguments, "dask", {"machine": machine(1, "dask", "distributed")})
 
 
 if __name__ == "__main__":

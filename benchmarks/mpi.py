@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 import attn_numba as an
-from timing import RESULTS, Row, machine, markdown, save
+from timing import RESULTS, Row, machine, take
 
 SHAPE = (1, 8, 16384, 64)
 LONG = (1, 8, 65536, 64)
+CAUSAL = an.Causal()
 POOLS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -115,9 +116,9 @@ def as_rank(words: list[str]) -> None:
         print(json.dumps(reports))
 
 
-def arrays_of_rank(shape: tuple[int, ...], comm: Any, count: int) -> tuple[Any, list[np.ndarray]]:
+def arrays_of_rank(shape: tuple[int, ...], comm: Any, count: int, mask: Any = CAUSAL) -> tuple[Any, list[np.ndarray]]:
     B, H, n, D = shape
-    shard = an.mpi.Shard(n, comm, mask=an.Causal())
+    shard = an.mpi.Shard(n, comm, mask=mask)
     random = np.random.default_rng(comm.rank)
     mine = (B, H, len(shard.positions), D)
     return shard, [random.standard_normal(mine, dtype=np.float32) for _ in range(count)]
@@ -191,18 +192,13 @@ def model_of_rank(comm: Any, turns: str) -> list[dict[str, float]]:
     link = there.size / min(timed(comm, lambda: comm.Sendrecv(there, other, 0, back, other, 0))[0] for _ in range(5))
     H, D = SHAPE[1], SHAPE[3]
 
-    def block(tokens: int) -> Any:
-        random = np.random.default_rng(comm.rank)
-        return [random.standard_normal((1, H, tokens, D), dtype=np.float32) for _ in range(3)]
-
-    arrays = block(2048)
+    _, arrays = arrays_of_rank((1, H, 2 * 2048, D), comm, 3, mask=None)
     an.attention(*arrays)
     pairs = H * 2048**2
     rate = 4 * D * pairs / min(timed(comm, lambda: an.attention(*arrays))[0] for _ in range(5))
     rows = [{"link": link, "rate": rate}]
     for tokens in (512, 1024, 2048, 4096, 8192):
-        q, k, v = block(tokens)
-        shard = an.mpi.Shard(2 * tokens, comm)
+        shard, (q, k, v) = arrays_of_rank((1, H, 2 * tokens, D), comm, 3, mask=None)
         call = lambda: an.mpi.attention(q, k, v, shard=shard, exchange="ring")  # noqa: B023, E731
         call()
         seconds = min(timed(comm, call)[0] for _ in range(int(turns)))
@@ -246,14 +242,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown part {unknown.pop()}; known are {', '.join(PARTS)}")
-    rows: list[dict[str, Any]] = []
-    for part in arguments.parts or PARTS:
-        for what, figure, unit in PARTS[part](arguments):
-            rows.append({"part": part, "what": what, "figure": figure, "unit": unit})
-            print(f"{what}: {figure:.4g} {unit}", flush=True)
-    save("mpi", {"machine": machine(1, "mpi4py", "mpich"), "rows": rows}, arguments.folder)
-    print()
-    print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
+    take(PARTS, arguments, "mpi", {"machine": machine(1, "mpi4py", "mpich")})
 
 
 if __name__ == "__main__":

@@ -115,14 +115,24 @@ def run_parts(doc: str, name: str, parts: dict[str, Callable[[argparse.Namespace
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"unknown part {unknown.pop()}; known are {', '.join(parts)}")
     bind(arguments.threads)
-    rows: list[dict[str, Any]] = []
+    content = {"dtype": arguments.dtype, "machine": machine(arguments.threads)}
     with an.threads(arguments.threads):
-        for part in arguments.parts or parts:
-            for what, figure, unit in parts[part](arguments):
-                rows.append({"part": part, "what": what, "figure": figure, "unit": unit})
-                print(f"{what}: {figure:.4g} {unit}", flush=True)
-    content = {"dtype": arguments.dtype, "machine": machine(arguments.threads), "rows": rows}
-    save(f"{name}-{arguments.dtype}-{arguments.threads}", content, arguments.folder)
+        take(parts, arguments, f"{name}-{arguments.dtype}-{arguments.threads}", content)
+
+
+def take(
+    parts: Mapping[str, Callable[[argparse.Namespace], Iterator[Row]]],
+    arguments: argparse.Namespace,
+    name: str,
+    content: Mapping[str, Any],
+) -> None:
+    """Take the figures of `arguments.parts`, or of all, print them and write them to `name` beside `content`."""
+    rows: list[dict[str, Any]] = []
+    for part in arguments.parts or parts:
+        for what, figure, unit in parts[part](arguments):
+            rows.append({"part": part, "what": what, "figure": figure, "unit": unit})
+            print(f"{what}: {figure:.4g} {unit}", flush=True)
+    save(name, {**content, "rows": rows}, arguments.folder)
     print()
     print(markdown(("what", "figure", ""), [(row["what"], f"{row['figure']:.3g}", row["unit"]) for row in rows]))
 

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from attn_numba import backends
+from processes import COLLECTIONS
 
-gc.set_threshold(50_000, 20, 20)  # tests, and all that Numba makes, stay: looking through them took a tenth of the time
+gc.set_threshold(*COLLECTIONS)
 
 BACKENDS = [name for name, (available, _) in backends().items() if available]
 UNTIL = float(os.environ.get("ATTN_NUMBA_TESTS_UNTIL", "inf"))  # when tests on a card stop being begun, in Unix time

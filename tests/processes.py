@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-FEWER_COLLECTIONS = "import gc; gc.set_threshold(50_000, 20, 20)"  # as in conftest.py
+COLLECTIONS = (50_000, 20, 20)  # tests, and all that Numba makes, stay: looking for garbage took a tenth of the time
 BESIDE = Path(sysconfig.get_path("scripts")) / "mpiexec"
 MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
 OF_LAUNCHERS = ("PMI_SIZE", "PMI_RANK", "PMI_FD", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -30,7 +30,7 @@ def run_python(*arguments: str, timeout: float = 300, **changes: str | None) -> 
     `changes` are of its environment. The folder it starts in is not searched for modules.
     """
     code, *words = arguments
-    started = [code] if code.endswith(".py") else ["-c", f"{FEWER_COLLECTIONS}\n{code}"]
+    started = [code] if code.endswith(".py") else ["-c", f"import gc; gc.set_threshold(*{COLLECTIONS})\n{code}"]
     command = [sys.executable, "-P", *started, *words]
     done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -5,15 +5,20 @@ import sys
 import threading
 
 import numpy as np
-from greenlet import getcurrent, greenlet
+import pytest
 
 from processes import run_python
 
 
 def run_simulated(code: str, **changes: str | None) -> list[str]:
     """Return the lines that some code prints where kernels are simulated. `changes` are of its environment."""
+    require_greenlet()
     code = f"import simulation\nsimulation.hasten()\n{code}"
     return run_python(code, NUMBA_ENABLE_CUDASIM="1", PYTHONWARNINGS="ignore", **changes).splitlines()
+
+
+def require_greenlet() -> None:
+    pytest.importorskip("greenlet", reason="needs greenlet")
 
 
 def hasten() -> None:
@@ -26,6 +31,7 @@ def hasten() -> None:
     from attn_numba.gpu.target import SIMULATED  # the one place that loads Numba's module
 
     assert SIMULATED
+    from greenlet import getcurrent, greenlet
     from numba.core import types
     from numba.cuda.simulator import kernelapi
     from numba.cuda.simulator.kernel import BlockManager, BlockThread

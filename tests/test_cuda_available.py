@@ -10,7 +10,7 @@ import pytest
 
 import attn_numba as an
 from attn_numba import api
-from processes import run_python
+from simulation import run_simulated
 
 if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
@@ -154,8 +154,6 @@ def test_errors_of_the_driver_are_named(real_card):
 
 COMPARE = """
 import sys
-import simulation
-simulation.hasten()
 from attn_numba import cli
 sys.exit(cli.main(sys.argv[1:] + ["--sizes", "1", "2", "1", "5", "6", "4", "3", "--repeat", "1", "--quiet"]))
 """
@@ -169,9 +167,7 @@ sys.exit(cli.main(sys.argv[1:] + ["--sizes", "1", "2", "1", "5", "6", "4", "3", 
     ],
 )
 def test_compare_lists_all_three_backends_in_the_simulator(rules):
-    text = run_python(
-        f"import sys; sys.argv[1:] = ['compare', *{rules!r}]\n{COMPARE}", NUMBA_ENABLE_CUDASIM="1", COLUMNS="200"
-    )
+    text = "\n".join(run_simulated(f"import sys; sys.argv[1:] = ['compare', *{rules!r}]\n{COMPARE}", COLUMNS="200"))
     for name in ("reference", "cpu", "cuda"):
         assert re.search(rf"\b{name}\b", text)
     assert "skipped" not in text
@@ -179,8 +175,6 @@ def test_compare_lists_all_three_backends_in_the_simulator(rules):
 
 
 SIMULATED = """
-import simulation
-simulation.hasten()
 import numpy as np
 import attn_numba as an
 
@@ -207,6 +201,6 @@ print(an.backends()["cuda"], an.config_report()["gpu"]["float16"])
 
 
 def test_calls_in_the_simulator_beside_those_of_the_cpu():
-    text = run_python(SIMULATED, NUMBA_ENABLE_CUDASIM="1")
+    text = "\n".join(run_simulated(SIMULATED))
     assert "Numba's simulator" in text
     assert "general" in text

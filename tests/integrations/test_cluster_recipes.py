@@ -14,13 +14,8 @@ from processes import MPIEXEC, run_python, run_ranks
 
 DOCUMENT, TEXT = read("docs/cluster.md")
 PROGRAMS = blocks(TEXT, "python")
-LIBRARIES = (
-    "mpi4py.futures",
-    "mpi4py",
-    "distributed",
-    "dask",
-    "joblib",
-)  # a program is named after the first it imports
+# a program is named after the first of these that it imports
+LIBRARIES = ("mpi4py.futures", "mpi4py", "distributed", "dask", "joblib")
 
 
 def library_of(code: str) -> str:

@@ -16,7 +16,7 @@ from attn_numba import reference, rules
 from attn_numba.problem import check
 from attn_numba.rules import Sizes
 from processes import run_python
-from simulation import hasten
+from simulation import hasten, require_greenlet
 
 needs_cuda = pytest.mark.skipif(find_spec("numba_cuda") is None, reason="needs numba-cuda")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -116,6 +116,7 @@ def built(options, rng, z):
 
 
 def _simulated(*arguments):
+    require_greenlet()
     return run_python(__file__, *arguments, NUMBA_ENABLE_CUDASIM="1", PYTHONWARNINGS="ignore")
 
 

@@ -31,7 +31,7 @@ def run_on_ranks(
     compute: Callable[[Job, Block | None], Results],
     progress: Progress,
     write: Callable[[Results], object],
-) -> int:
+) -> None:
     """Compute a call on all ranks that a launcher started, and write its results on rank 0.
 
     Parameters
@@ -44,11 +44,6 @@ def run_on_ranks(
         Takes the number of query-key pairs that rank 0 is to compute; returns what shows how many it has done.
     write : callable
         Writes the results of the call.
-
-    Returns
-    -------
-    int
-        This rank.
 
     Raises
     ------
@@ -76,7 +71,6 @@ def run_on_ranks(
     else:
         _send(space, results)
     together(space, lambda: write(whole) if space.rank == 0 else None)
-    return int(space.rank)
 
 
 def dealt(count: int, ranks: int) -> list[int]:

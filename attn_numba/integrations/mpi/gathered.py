@@ -66,7 +66,7 @@ def attention_of_gathered(shard: Shard, call: Problem, out: AnyArray, lse: AnyAr
     k, v = gathered(shard, call.k), gathered(shard, call.v)
 
     def compute() -> None:
-        for rows, at in own_rows(shard):
+        for rows, at in shard.own_rows():
             q, place = call.q[:, :, at], out[:, :, at]
             rules = call.in_block(with_all_keys(call, rows)).options()
             found = api.attention(q, k, v, **rules, backend="cpu", out=place, return_lse=lse is not None)
@@ -74,16 +74,6 @@ def attention_of_gathered(shard: Shard, call: Problem, out: AnyArray, lse: AnyAr
                 lse[:, :, at] = found.lse
 
     together(shard.space, compute)
-
-
-def own_rows(shard: Shard) -> list[tuple[Stretch, slice]]:
-    """Return the stretches of this rank, each with the rows of the rank's arrays that it is."""
-    found, first = [], 0
-    for stretch in shard.own:
-        end = first + stretch[1] - stretch[0]
-        found.append((stretch, slice(first, end)))
-        first = end
-    return found
 
 
 def with_all_keys(call: Problem, rows: Stretch) -> Block:
@@ -114,7 +104,7 @@ def gradients_of_gathered(
     dq, dk, dv = np.zeros(q.shape, number), np.zeros(k.shape, number), np.zeros(v.shape, number)
 
     def compute() -> None:
-        for rows, at in own_rows(shard):
+        for rows, at in shard.own_rows():
             block = with_all_keys(call, rows)
             part = call.in_block(block)
             kept = None if saved is None else tuple(x[:, :, at] for x in saved)

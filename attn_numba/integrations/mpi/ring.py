@@ -59,12 +59,11 @@ class Ring:
     def _own_pieces(self, gradients: bool) -> list[tuple[Stretch, slice]]:
         """Return pieces of this rank's rows, each with the rows of the rank's arrays that it is."""
         longest = max(end - first for own in self.shard.stretches for first, end in own)
-        found, at = [], 0
-        for stretch in self.shard.own:
-            for first, end in pieces(stretch, longest, self.whole, gradients):
-                found.append(((first, end), slice(at, at + end - first)))
-                at += end - first
-        return found
+        return [
+            ((first, end), slice(at.start + first - stretch[0], at.start + end - stretch[0]))
+            for stretch, at in self.shard.own_rows()
+            for first, end in pieces(stretch, longest, self.whole, gradients)
+        ]
 
     def _sights(self) -> tuple[AnyArray, list[AnyArray]]:
         """Return whether ranks see keys of each other's blocks; and whether this one's pieces do, for each block."""

@@ -105,6 +105,15 @@ class Shard:
         """First and end of each stretch of tokens that this rank holds, in the order of its rows."""
         return self.stretches[self.comm.rank]
 
+    def own_rows(self) -> list[tuple[Stretch, slice]]:
+        """Return the stretches of this rank, each with the rows of the rank's arrays that it is."""
+        found, first = [], 0
+        for stretch in self.own:
+            end = first + stretch[1] - stretch[0]
+            found.append((stretch, slice(first, end)))
+            first = end
+        return found
+
     def counts(self) -> list[int]:
         """Return how many tokens each rank holds."""
         return [sum(end - first for first, end in stretches) for stretches in self.stretches]
